@@ -1,0 +1,152 @@
+"""Training in JAX: one update is one jitted function; the loop around it is `recipe/loop.py`. Twin: `torch_ref/train.py`."""
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_impl import random
+from jax_impl.generate import make_generator
+from jax_impl.muon import clip_by_global_norm, muon_with_adamw
+from jax_impl.weights import Params, bind, from_hf, model_structure, to_hf
+from recipe import loop
+from recipe.config import RunConfig
+from recipe.schedule import learning_rate_factors
+
+
+class TrainState(NamedTuple):
+    """All that an update changes; `step` counts the updates applied, `skipped` those left out as not finite."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    skipped: jax.Array
+
+
+def make_schedule(config: RunConfig) -> Callable[[jax.Array], jax.Array]:
+    """The learning-rate factor as a function of the updates applied so far."""
+    factors = learning_rate_factors(config.schedule, config.steps).astype(config.precision.params)
+
+    def schedule(count):
+        return jnp.asarray(factors)[jnp.minimum(count, config.steps - 1)]
+
+    return schedule
+
+
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """The hybrid optimizer for this model's parameters."""
+    ns_dtype = jnp.dtype(config.precision.newton_schulz)
+    schedule = make_schedule(config)
+    return muon_with_adamw(config.muon, config.adamw, config.model, schedule=schedule, ns_dtype=ns_dtype)
+
+
+def init_state(config: RunConfig, weights: dict[str, np.ndarray]) -> TrainState:
+    """The state before the first update, on these weights."""
+    params = from_hf(weights, config.model, config.precision)
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step(state, inputs_ABT, targets_ABT) -> state, metrics`, jitted; the state's buffers are donated.
+
+    Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
+    finite, nothing changes but the count of skipped updates.
+    """
+    graph = model_structure(config.model, config.precision)
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+
+    def loss(params, inputs_BT, targets_BT, key):
+        return bind(graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+        A = inputs_ABT.shape[0]
+        step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
+
+        def micro_batch(total, operands):
+            index, inputs_BT, targets_BT = operands
+            key = random.fold_in(step_key, index) if config.model.dropout else None
+            gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)
+            return jax.tree.map(jnp.add, total, gradient), None
+
+        zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, state.params))
+        total, _ = jax.lax.scan(micro_batch, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
+        mean_loss, grads = jax.tree.map(lambda x: x / A, total)
+
+        grads, grad_norm = clip_by_global_norm(grads, config.clip_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1, state.skipped)
+        unchanged = state._replace(skipped=state.skipped + 1)
+        finite = jnp.isfinite(grad_norm)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, unchanged)
+        lr = config.muon.learning_rate * schedule(state.step)
+        return new_state, {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr, "skipped": new_state.skipped}
+
+    return _with_precision(train_step, config)
+
+
+def make_evaluate(config: RunConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
+    graph = model_structure(config.model, config.precision)
+    evaluate = jax.jit(lambda params, inputs_BT, targets_BT: bind(graph, params).evaluate(inputs_BT, targets_BT))
+    return _with_precision(evaluate, config)
+
+
+def _with_precision(function, config: RunConfig):
+    """The function, traced and run under the configured precision of float32 products."""
+
+    @functools.wraps(function)
+    def with_precision(*args):
+        with jax.default_matmul_precision(config.precision.matmul):
+            return function(*args)
+
+    return with_precision
+
+
+class Trainer:
+    """The JAX side of `recipe.loop.Trainer`."""
+
+    def __init__(self, config: RunConfig, weights: dict[str, np.ndarray]) -> None:
+        if config.precision.params == "float64":
+            jax.config.update("jax_enable_x64", True)
+        if config.out:
+            # Shared by all runs beside this one, so that a second run starts without compiling.
+            jax.config.update("jax_compilation_cache_dir", str(Path(config.out).resolve().parent / ".jax-cache"))
+        self.config = config
+        self.state = init_state(config, weights)
+        self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
+        device = jax.devices()[0]
+        self.environment = {
+            "backend": device.platform,
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "x64": jax.config.jax_enable_x64,
+        }
+
+    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
+        self.state, metrics = self.train_step(self.state, inputs_ABT, targets_ABT)
+        return metrics
+
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+        loss, correct, tokens = 0.0, 0, 0
+        for inputs_BT, targets_BT in batches:
+            batch_loss, batch_correct = self.eval_step(self.state.params, inputs_BT, targets_BT)
+            loss, correct, tokens = loss + float(batch_loss), correct + int(batch_correct), tokens + targets_BT.size
+        return loss / tokens, correct / tokens
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return to_hf(self.state.params)
+
+    def generate(self, tokens: list[int], options) -> Iterable[int]:
+        return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)
+
+
+def train(config: RunConfig) -> None:
+    """Train as configured and leave the run folder `config.out`."""
+    loop.run(config, framework="jax", make_trainer=Trainer)

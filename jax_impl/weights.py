@@ -1,0 +1,66 @@
+"""Between the common dict of Hugging Face names and the Flax model. One rule: the leaf is called `weight`, a Flax
+`kernel` is its transpose. The twin is `torch_ref/weights.py`; no code converts between the frameworks directly."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from jax_impl.model import Qwen3ForCausalLM
+from recipe.config import ModelConfig, PrecisionConfig
+from recipe.params import check_weights, param_specs
+
+Params = dict[str, jax.Array]
+
+
+def hf_name(path: str) -> str:
+    """Hugging Face's name of the parameter at a Flax path: `...q_proj.kernel` -> `...q_proj.weight`."""
+    return path.removesuffix(".kernel") + ".weight" if path.endswith(".kernel") else path
+
+
+def flax_path(name: str, role: str) -> str:
+    """Inverse of `hf_name`: matrices are kernels, everything else keeps its name."""
+    return name.removesuffix(".weight") + ".kernel" if role == "matrix" else name
+
+
+def from_hf(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
+    """Parameters by Flax path, in the parameter dtype; raises ValueError listing every wrong name or shape."""
+    check_weights(weights, config)
+    params = {}
+    for name, spec in param_specs(config).items():
+        weight = np.asarray(weights[name])
+        params[flax_path(name, spec.role)] = jnp.asarray(weight.T if spec.role == "matrix" else weight, precision.params)
+    return params
+
+
+def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """NumPy weights by Hugging Face name, in torch's layout; also of anything shaped and named like parameters."""
+    return {
+        hf_name(path): np.ascontiguousarray(np.asarray(leaf).T if path.endswith(".kernel") else np.asarray(leaf))
+        for path, leaf in params.items()
+    }
+
+
+def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
+    """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and Hugging Face name, in torch's layout."""
+    states = opt_state.inner_states
+    muon_state, adam_state = states["muon"].inner_state[0], states["adamw"].inner_state[0]
+    slots = {"mu": muon_state.mu, "exp_avg": adam_state.mu, "exp_avg_sq": adam_state.nu}
+    return {
+        slot: to_hf({path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)})
+        for slot, tree in slots.items()
+    }
+
+
+def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:
+    """The model without its parameters, built without allocating any."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Qwen3ForCausalLM(config, precision)))
+    return graph
+
+
+def bind(graph: nnx.GraphDef, params: Mapping[str, jax.Array]) -> Qwen3ForCausalLM:
+    """The model with these parameters; free under `jax.jit`."""
+    parts = {tuple(int(part) if part.isdigit() else part for part in path.split(".")): x for path, x in params.items()}
+    return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(parts)))

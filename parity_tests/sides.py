@@ -1,0 +1,128 @@
+"""Both sides behind one face: NumPy in, NumPy out, by Hugging Face name. Each class is used by every parity test."""
+
+import contextlib
+
+import jax
+import numpy as np
+import torch
+
+import jax_impl.train
+import jax_impl.weights
+import torch_ref.train
+import torch_ref.weights
+from jax_impl import random as jax_random
+from recipe.config import ModelConfig, PrecisionConfig, RunConfig
+from torch_ref import random as torch_random
+
+Arrays = dict[str, np.ndarray]
+
+
+def x64(precision: PrecisionConfig):
+    """Context in which JAX keeps float64 if the precision asks for it; float32 otherwise, whatever the process says."""
+    return jax.enable_x64(precision.params == "float64")
+
+
+class JaxModel:
+    """jax_impl's model on given weights, every call jitted."""
+
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, weights: Arrays) -> None:
+        self.model, self.precision = model, precision
+        with self._settings():
+            self.graph = jax_impl.weights.model_structure(model, precision)
+            self.params = jax_impl.weights.from_hf(weights, model, precision)
+
+    @contextlib.contextmanager
+    def _settings(self):
+        with x64(self.precision), jax.default_matmul_precision(self.precision.matmul):
+            yield
+
+    def weights(self) -> Arrays:
+        return jax_impl.weights.to_hf(self.params)
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        with self._settings():
+            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params)(tokens_BT))
+            return np.asarray(call(self.params))
+
+    def loss_and_grads(self, inputs_BT, targets_BT, dropout_seed: int | None = None) -> tuple[float, Arrays]:
+        with self._settings():
+            key = None if dropout_seed is None else jax_random.key(dropout_seed)
+
+            def loss(params):
+                return jax_impl.weights.bind(self.graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
+
+            value, grads = jax.jit(jax.value_and_grad(loss))(self.params)
+            return float(value), jax_impl.weights.to_hf(grads)
+
+    def evaluate(self, inputs_BT, targets_BT) -> tuple[float, int]:
+        with self._settings():
+            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params).evaluate(inputs_BT, targets_BT))
+            loss, correct = call(self.params)
+            return float(loss), int(correct)
+
+
+class TorchModel:
+    """torch_ref's model on given weights."""
+
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, weights: Arrays) -> None:
+        self.module = torch_ref.weights.from_hf(weights, model, precision)
+
+    def weights(self) -> Arrays:
+        return torch_ref.weights.to_hf(dict(self.module.named_parameters()))
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.module(torch.tensor(tokens_BT)).numpy()
+
+    def loss_and_grads(self, inputs_BT, targets_BT, dropout_seed: int | None = None) -> tuple[float, Arrays]:
+        self.module.zero_grad()
+        key = None if dropout_seed is None else torch_random.key(dropout_seed)
+        loss = self.module.loss(torch.tensor(inputs_BT), torch.tensor(targets_BT).long(), dropout_key=key)
+        loss.backward()
+        grads = {name: parameter.grad for name, parameter in self.module.named_parameters()}
+        return loss.item(), torch_ref.weights.to_hf(grads)
+
+    def evaluate(self, inputs_BT, targets_BT) -> tuple[float, int]:
+        with torch.no_grad():
+            loss, correct = self.module.evaluate(torch.tensor(inputs_BT), torch.tensor(targets_BT).long())
+            return loss.item(), int(correct)
+
+
+class JaxTraining:
+    """jax_impl's training, update by update."""
+
+    def __init__(self, config: RunConfig, weights: Arrays) -> None:
+        self.config = config
+        with x64(config.precision):
+            self.state = jax_impl.train.init_state(config, weights)
+            self.train_step = jax_impl.train.make_train_step(config)
+
+    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
+        with x64(self.config.precision):
+            self.state, metrics = self.train_step(self.state, inputs_ABT, targets_ABT)
+            return {name: float(value) for name, value in metrics.items()}
+
+    def weights(self) -> Arrays:
+        return jax_impl.weights.to_hf(self.state.params)
+
+    def slots(self) -> dict[str, Arrays]:
+        return jax_impl.weights.optimizer_slots(self.state.opt_state)
+
+
+class TorchTraining:
+    """torch_ref's training, update by update."""
+
+    def __init__(self, config: RunConfig, weights: Arrays) -> None:
+        self.state = torch_ref.train.init_state(config, weights)
+        self.train_step = torch_ref.train.make_train_step(config)
+
+    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
+        batch = torch.tensor(inputs_ABT).long(), torch.tensor(targets_ABT).long()
+        self.state, metrics = self.train_step(self.state, *batch)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def weights(self) -> Arrays:
+        return torch_ref.weights.to_hf(dict(self.state.model.named_parameters()))
+
+    def slots(self) -> dict[str, Arrays]:
+        return torch_ref.weights.optimizer_slots(self.state.optimizer)

@@ -1,0 +1,47 @@
+"""Allowances derived from unit round-off and measured amplification; nothing here is tuned.
+
+The error of an array is relative and global: ||value - truth||_F / ||truth||_F, the truth in float64. Element by
+element it would mean nothing beside zero. The allowance of a computation in a dtype of unit round-off u is
+
+    SAFETY * kappa * u,      kappa = ||noisy - truth|| / (||truth|| u)
+
+where `noisy` is the same computation in float64 with noise of one u at every rounding (Monte-Carlo arithmetic;
+Parker 1997, Higham and Mary 2019), so kappa is measured for the very inputs of the test. The error norm sums
+thousands of independent roundings and concentrates to a few per cent; SAFETY = 2 covers that and second order.
+"""
+
+import numpy as np
+
+SAFETY = 2.0
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
+    """||value - truth||_F / ||truth||_F in float64; for a zero truth, ||value||_F."""
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    norm = np.linalg.norm(truth)
+    return float(np.linalg.norm(value - truth) / (norm if norm > 0 else 1.0))
+
+
+def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> float:
+    """Return the relative error, or raise AssertionError naming tensor, error, allowance and worst index."""
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    if value.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {value.shape} instead of {truth.shape}")
+    error = relative_error(value, truth)
+    if not error <= allowance:
+        worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=np.inf)), value.shape)
+        index = tuple(map(int, worst))
+        raise AssertionError(
+            f"{name}: relative error {error:.3e} exceeds the allowance {allowance:.3e} "
+            f"({error / allowance:.3g} times); worst at {index}: {value[worst]!r} instead of {truth[worst]!r}"
+        )
+    return error
+
+
+def check_all(values: dict[str, np.ndarray], truths: dict[str, np.ndarray], allowance) -> dict[str, float]:
+    """`check` every named array against its namesake; `allowance` is a number or a function of the name."""
+    if values.keys() != truths.keys():
+        raise AssertionError(f"names differ: {sorted(values.keys() ^ truths.keys())}")
+    of = allowance if callable(allowance) else lambda _: allowance
+    return {name: check(name, values[name], truths[name], of(name)) for name in truths}

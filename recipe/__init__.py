@@ -1,0 +1,1 @@
+"""What both frameworks must agree on, written once and in NumPy: config, data order, initial weights, schedule, logs."""

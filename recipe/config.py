@@ -1,0 +1,318 @@
+"""The whole configuration as frozen dataclasses, validated at birth; every field is a command-line flag.
+
+`ModelConfig` carries the field names of Hugging Face's `config.json` for Qwen3. A value a user got wrong raises
+`ValueError` with the value, the rule and the remedy.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds; the message gives value, rule and remedy."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(
+            math.isfinite(value) and value > 0, f"{name}={value} must be a finite number above 0; choose e.g. 1 or more."
+        )
+
+
+def _require_rate(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(
+            math.isfinite(value) and value >= 0,
+            f"{name}={value} must be a finite number of at least 0; choose e.g. 0.001.",
+        )
+
+
+def _require_fraction(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < 1, f"{name}={value} must lie in [0, 1); choose e.g. 0.1, or 0 to switch it off.")
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n in rising order, for error messages that offer a remedy."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3 dense decoder, named as in transformers' `Qwen3Config`."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding table. Training raises it to the tokenizer's size, rounded up to a multiple of 128."""
+    hidden_size: int = 256
+    """Width of the residual stream (D)."""
+    intermediate_size: int = 768
+    """Width of the SwiGLU hidden layer (F)."""
+    num_hidden_layers: int = 4
+    """Transformer blocks."""
+    num_attention_heads: int = 4
+    """Query heads (N)."""
+    num_key_value_heads: int = 2
+    """Key/value heads (K); must divide the query heads."""
+    head_dim: int = 64
+    """Width of one head (H); independent of hidden_size / num_attention_heads; even, because RoPE turns pairs."""
+    max_position_embeddings: int = 1024
+    """Longest sequence the model is meant for; longer input is an error."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding table."""
+    attention_bias: bool = False
+    """Whether q, k, v and o projections have a bias."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys before RoPE (Qwen3). False gives Llama's block."""
+    sliding_window: int | None = None
+    """Keys a query sees, itself included; None sees all earlier ones."""
+    max_window_layers: int = 0
+    """The sliding window, if set, applies to layers from this index on."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial matrices and embeddings."""
+    dropout: float = 0.0
+    """Rate at the embedding output, attention probabilities, FFN hidden, both residual branches and before the head."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rope_theta",
+            "rms_norm_eps",
+        )
+        _require_rate(self, "initializer_range", "max_window_layers")
+        _require_fraction(self, "dropout")
+        n, k = self.num_attention_heads, self.num_key_value_heads
+        choices = " or ".join(map(str, divisors(n)))
+        require(n % k == 0, f"num_attention_heads={n} is not a multiple of num_key_value_heads={k}; choose {choices}.")
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even, because RoPE rotates pairs; choose an even number.")
+        window = self.sliding_window
+        require(
+            window is None or window > 0, f"sliding_window={window} must be at least 1; leave it out for full attention."
+        )
+
+    def window_of_layer(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees (itself included), or None for all earlier ones."""
+        return self.sliding_window if layer >= self.max_window_layers else None
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon on the matrices of the blocks (Keller Jordan, https://kellerjordan.github.io/posts/muon/)."""
+
+    learning_rate: float = 0.01
+    """Peak rate; an update of a matrix has singular values near this times sqrt(max(1, fan_out/fan_in))."""
+    beta: float = 0.95
+    """Momentum: an exponential moving average without bias correction."""
+    nesterov: bool = True
+    """Orthogonalise the average of gradient and momentum instead of the momentum."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    eps: float = 1e-7
+    """Added to the Frobenius norm before the iteration."""
+    weight_decay: float = 0.0
+    """Decoupled decay, times the learning rate."""
+
+    def __post_init__(self) -> None:
+        _require_rate(self, "learning_rate", "weight_decay", "eps")
+        _require_fraction(self, "beta")
+        _require_positive(self, "ns_steps")
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW on everything that is not a block's matrix: embeddings, head, norms, biases."""
+
+    learning_rate: float = 0.001
+    """Peak rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of embeddings and head, times the learning rate."""
+    decay_norms: bool = False
+    """Also decay norm scales and biases, as the seed notebook did."""
+
+    def __post_init__(self) -> None:
+        _require_rate(self, "learning_rate", "weight_decay", "eps")
+        _require_fraction(self, "beta1", "beta2")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up and cosine decay, counted in optimizer updates, shared by both optimizers."""
+
+    warmup_fraction: float = 0.05
+    """Share of the updates spent warming up."""
+    final_factor: float = 0.1
+    """Learning-rate factor the cosine ends at."""
+
+    def __post_init__(self) -> None:
+        _require_fraction(self, "warmup_fraction")
+        require(
+            0 <= self.final_factor <= 1, f"final_factor={self.final_factor} must lie in [0, 1]; choose e.g. 0.1."
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes windows."""
+
+    corpus: str = "shakespeare"
+    """shakespeare (38 plays, embedded), stdlib (Python's documentation), a file or folder of .txt, .md, .jsonl or .parquet, or hub:NAME[/SUBSET]."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and Hub documents."""
+    tokenizer: str = "bpe"
+    """bpe trains a byte-level BPE on the training documents; otherwise a tokenizer.json, a folder holding one, or a Hub name."""
+    bpe_vocab_size: int = 8192
+    """Vocabulary of the trained BPE."""
+    max_documents: int | None = None
+    """Keep the first so many documents."""
+    max_characters: int | None = None
+    """Cut each document after so many characters."""
+    max_tokens: int | None = None
+    """Keep the first so many tokens."""
+    split: Literal["documents", "leaking-windows"] = "documents"
+    """documents holds out whole documents; leaking-windows is the seed's stride-1 windows split at random, which overlap."""
+    validation_fraction: float = 0.05
+    """Share of the documents (or windows) held out."""
+    validation_tokens: int = 32_768
+    """Token budget of one evaluation."""
+    cache_dir: str = ""
+    """Token and tokenizer cache; empty is $QWEN_FROM_SCRATCH_CACHE or ~/.cache/qwen-from-scratch."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "bpe_vocab_size", "validation_tokens")
+        _require_fraction(self, "validation_fraction")
+        require(
+            self.bpe_vocab_size >= 257,
+            f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (256 bytes and end-of-text); choose e.g. 8192.",
+        )
+        for name in ("max_documents", "max_characters", "max_tokens"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name}={value} must be at least 1; leave it out for no limit.")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Every dtype, by name: nothing here depends on the backend."""
+
+    params: Literal["float32", "float64"] = "float32"
+    """Parameters, accumulated gradients, optimizer state; norms, softmax and loss run at least this wide."""
+    compute: Dtype = "float32"
+    """Operands of the matrix products and the activations between them; products accumulate in float32 or wider."""
+    newton_schulz: Dtype = "bfloat16"
+    """Stored arrays of the Newton-Schulz iteration."""
+    matmul: Literal["default", "highest"] = "highest"
+    """float32 products: highest is true float32; default lets a GPU use TF32."""
+    attention: Literal["explicit", "fused"] = "explicit"
+    """explicit is this project's own code (query blocks); fused is the framework's kernel (cuDNN in JAX on a GPU, SDPA in torch)."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.params != "float64" or self.compute == "float64",
+            f"precision.params=float64 needs precision.compute=float64, not {self.compute}; set both or neither.",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    preset: str = "tiny"
+    """Name of the preset this run started from."""
+    out: str = ""
+    """Run folder; it must not hold a run already. Empty is runs/PRESET-FRAMEWORK."""
+    steps: int = 100
+    """Optimizer updates."""
+    accumulation: int = 1
+    """Micro-batches per update (A)."""
+    batch_size: int = 8
+    """Sequences per micro-batch (B)."""
+    sequence_length: int = 256
+    """Tokens per sequence (T)."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm, over all parameters."""
+    seed: int = 0
+    """Seeds the initial weights, the data order, dropout and the samples."""
+    log_every: int = 10
+    """Updates between log lines."""
+    eval_every: int = 100
+    """Updates between evaluations on held-out text; the last update is always evaluated."""
+    prompts: tuple[str, ...] = ("ROMEO:", "First Citizen:", "To be, or not")
+    """Prompts of the samples at the end of the run."""
+    sample_tokens: int = 100
+    """Tokens per sample; 0 writes none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "steps", "accumulation", "batch_size", "sequence_length", "clip_norm", "log_every", "eval_every"
+        )
+        _require_rate(self, "sample_tokens")
+        require(
+            0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32), the width of a Threefry key word; choose e.g. 0."
+        )
+        limit = self.model.max_position_embeddings
+        require(
+            self.sequence_length <= limit,
+            f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings={limit}; lower the one or raise the other.",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer update: A * B * T."""
+        return self.accumulation * self.batch_size * self.sequence_length
+
+    def with_vocab_size(self, vocab_size: int) -> "RunConfig":
+        """The same run with the model's vocabulary set."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=vocab_size))
+
+
+def to_dict(config: RunConfig) -> dict:
+    """Nested plain dict of a run's configuration, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> RunConfig:
+    """Inverse of `to_dict`; an unknown field raises `TypeError`, a bad value `ValueError`."""
+    parts = {
+        "model": ModelConfig,
+        "muon": MuonConfig,
+        "adamw": AdamWConfig,
+        "schedule": ScheduleConfig,
+        "data": DataConfig,
+        "precision": PrecisionConfig,
+    }
+    nested = {name: part(**values[name]) for name, part in parts.items() if name in values}
+    flat = {name: value for name, value in values.items() if name not in parts}
+    if "prompts" in flat:
+        flat["prompts"] = tuple(flat["prompts"])
+    return RunConfig(**flat, **nested)

@@ -1,0 +1,128 @@
+"""Muon as a torch optimizer, in small parts: momentum and orthogonalisation, fan ratio, shell, hybrid with AdamW.
+
+torch weights are (..., fan_out, fan_in), as Newton-Schulz wants them. Semantics are the seed notebook's (Keller
+Jordan's Muon); `torch.optim.Muon` forces bfloat16 and clamps where the seed adds eps (docs/muon.md).
+"""
+
+import collections
+
+import torch
+
+from recipe.config import AdamWConfig, MuonConfig
+from recipe.params import param_specs
+from torch_ref.newton_schulz import orthogonalize_via_newton_schulz
+
+
+def orthogonalize_together(updates: list[torch.Tensor], **newton_schulz) -> list[torch.Tensor]:
+    """Orthogonalise every (fan_out, fan_in) update; those that are alike when laid wide share one batched call."""
+    orthogonalized = list(updates)
+    groups = collections.defaultdict(list)
+    for index, update_OI in enumerate(updates):
+        groups[min(update_OI.shape), max(update_OI.shape)].append(index)
+    for indices in groups.values():
+        # The wide layout of weight_OI: a tall weight's is its transpose.
+        is_wide = [updates[i].shape[-2] <= updates[i].shape[-1] for i in indices]
+        wide = [updates[i] if lies else updates[i].mT for i, lies in zip(indices, is_wide, strict=True)]
+        orthogonal = orthogonalize_via_newton_schulz(torch.stack(wide), **newton_schulz)
+        for i, lies, matrix in zip(indices, is_wide, orthogonal, strict=True):
+            # Out of ns_dtype before any scaling: a factor applied in bfloat16 would cost 2e-3.
+            orthogonalized[i] = (matrix if lies else matrix.mT).to(updates[i].dtype)
+    return orthogonalized
+
+
+def fan_ratio(weight_OI: torch.Tensor) -> float:
+    """sqrt(max(1, fan_out / fan_in)), so that an update keeps the RMS of what flows through it."""
+    return max(1.0, weight_OI.shape[-2] / weight_OI.shape[-1]) ** 0.5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices: -lr * (sqrt(max(1, fan_out/fan_in)) * NS(momentum) + weight_decay * weight).
+
+    mu <- beta mu + (1 - beta) g, without bias correction; with Nesterov the direction is beta mu + (1 - beta) g,
+    taken with the new mu. The state is kept in the gradients' dtype, Newton-Schulz runs in `ns_dtype`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        beta: float = 0.95,
+        *,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        eps: float = 1e-7,
+        ns_dtype: torch.dtype = torch.bfloat16,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, beta=beta, nesterov=nesterov, weight_decay=weight_decay))
+        self.newton_schulz = dict(steps=ns_steps, eps=eps, dtype=ns_dtype)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; gradients are left as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            directions = []
+            for weight in weights:
+                mu = self.state[weight].setdefault("mu", torch.zeros_like(weight))
+                mu.lerp_(weight.grad, 1.0 - group["beta"])
+                directions.append(weight.grad.lerp(mu, group["beta"]) if group["nesterov"] else mu)
+            for weight, update in zip(weights, orthogonalize_together(directions, **self.newton_schulz), strict=True):
+                if group["weight_decay"]:
+                    weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * fan_ratio(weight))
+        return loss
+
+
+class MuonWithAdamW:
+    """Muon on the matrices and AdamW on the rest; `step(factor)` takes the learning-rate factor of the update."""
+
+    def __init__(
+        self, model: torch.nn.Module, muon_config: MuonConfig, adamw_config: AdamWConfig, *, ns_dtype=torch.bfloat16
+    ) -> None:
+        specs = param_specs(model.config)
+        self.named_parameters = dict(model.named_parameters())
+        by_role = collections.defaultdict(list)
+        for name, parameter in self.named_parameters.items():
+            by_role[specs[name].role].append(parameter)
+        decayed, plain = by_role["embedding"] + by_role["head"], by_role["norm"] + by_role["bias"]
+        self.muon = Muon(
+            by_role["matrix"],
+            lr=muon_config.learning_rate,
+            beta=muon_config.beta,
+            nesterov=muon_config.nesterov,
+            ns_steps=muon_config.ns_steps,
+            eps=muon_config.eps,
+            ns_dtype=ns_dtype,
+            weight_decay=muon_config.weight_decay,
+        )
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": adamw_config.weight_decay},
+                {"params": plain, "weight_decay": adamw_config.weight_decay if adamw_config.decay_norms else 0.0},
+            ],
+            lr=adamw_config.learning_rate,
+            betas=(adamw_config.beta1, adamw_config.beta2),
+            eps=adamw_config.eps,
+        )
+        self.learning_rates = (muon_config.learning_rate, adamw_config.learning_rate)
+
+    def step(self, factor: float) -> None:
+        """One update of both optimizers at `factor` times their peak learning rates."""
+        for optimizer, learning_rate in zip((self.muon, self.adamw), self.learning_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+            optimizer.step()
+
+
+def clip_by_global_norm(grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Clip gradients in place and return their norm before: scaled by min(1, max_norm / (norm + 1e-6))."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for grad in grads:
+        grad.mul_(factor)
+    return norm

@@ -1,0 +1,67 @@
+"""Random numbers of the torch side: Threefry-2x32 keys derived from (seed, step, micro-batch, layer, site).
+
+The same bits as `jax_impl/random.py`, so dropout masks and sampled tokens are equal in both frameworks. Algorithm:
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the derivation of keys and counters is that
+of `jax.random` in its partitionable mode. 32-bit words live in int64 tensors, which torch has on every device.
+"""
+
+import torch
+
+# Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
+EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
+
+Key = tuple[int, int]
+
+_WORD = 0xFFFFFFFF
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry_2x32(key: Key, x0, x1):
+    """Twenty rounds of Threefry-2x32 on counter words x0, x1: Python ints or int64 tensors of values below 2**32."""
+    k0, k1 = key
+    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    x0 = (x0 + k0) & _WORD
+    x1 = (x1 + k1) & _WORD
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = (x0 + x1) & _WORD
+            x1 = ((x1 << rotation) | (x1 >> (32 - rotation))) & _WORD
+            x1 = x1 ^ x0
+        x0 = (x0 + schedule[(group + 1) % 3]) & _WORD
+        x1 = (x1 + schedule[(group + 2) % 3] + group + 1) & _WORD
+    return x0, x1
+
+
+def key(seed: int) -> Key:
+    """The root key of a seed below 2**32: the Threefry key words (0, seed)."""
+    return 0, seed
+
+
+def fold_in(key: Key, *data: int) -> Key:
+    """A new key for each integer below 2**32 in turn, e.g. `fold_in(key, step, micro_batch)`."""
+    for word in data:
+        key = threefry_2x32(key, 0, word)
+    return key
+
+
+def bits(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform 32-bit words of the given shape, as int64."""
+    counter = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device)
+    high, low = threefry_2x32(key, counter >> 32, counter & _WORD)
+    return (high ^ low).reshape(shape)
+
+
+def keep_mask(key: Key, shape: tuple[int, ...], rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Boolean mask, True with probability 1 - rate, in integer arithmetic so that no dtype setting changes it."""
+    return bits(key, shape, device) >= round(rate * 2**32)
+
+
+def uniform(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform float32 in (0, 1): the upper 23 bits of a word, and a half, over 2**23."""
+    return ((bits(key, shape, device) >> 9).float() + 0.5) * 2**-23
+
+
+def gumbel(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard Gumbel noise in float32; argmax(logits + gumbel) samples from softmax(logits)."""
+    return -torch.log(-torch.log(uniform(key, shape, device)))

@@ -1,0 +1,136 @@
+"""Training in torch: one update is one method; the loop around it is `recipe/loop.py`. Twin: `jax_impl/train.py`."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recipe import loop
+from recipe.config import RunConfig
+from recipe.schedule import learning_rate_factors
+from torch_ref import random
+from torch_ref.generate import make_generator
+from torch_ref.model import Qwen3ForCausalLM
+from torch_ref.muon import MuonWithAdamW, clip_by_global_norm
+from torch_ref.weights import from_hf, to_hf
+
+
+@dataclass
+class TrainState:
+    """All that an update changes; `step` counts the updates applied, `skipped` those left out as not finite."""
+
+    model: Qwen3ForCausalLM
+    optimizer: MuonWithAdamW
+    step: int = 0
+    skipped: int = 0
+
+
+def make_schedule(config: RunConfig) -> Callable[[int], float]:
+    """The learning-rate factor as a function of the updates applied so far."""
+    factors = learning_rate_factors(config.schedule, config.steps).astype(config.precision.params)
+
+    def schedule(count):
+        return float(factors[min(count, config.steps - 1)])
+
+    return schedule
+
+
+def make_optimizer(config: RunConfig, model: Qwen3ForCausalLM) -> MuonWithAdamW:
+    """The hybrid optimizer over the model's parameters."""
+    ns_dtype = getattr(torch, config.precision.newton_schulz)
+    return MuonWithAdamW(model, config.muon, config.adamw, ns_dtype=ns_dtype)
+
+
+def init_state(config: RunConfig, weights: dict[str, np.ndarray], device: str = "cpu") -> TrainState:
+    """The state before the first update, on these weights."""
+    model = from_hf(weights, config.model, config.precision, device)
+    return TrainState(model, make_optimizer(config, model))
+
+
+def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, float]]]:
+    """`train_step(state, inputs_ABT, targets_ABT) -> state, metrics`; the state is changed in place.
+
+    Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
+    finite, nothing changes but the count of skipped updates.
+    """
+    schedule = make_schedule(config)
+
+    def train_step(state: TrainState, inputs_ABT: torch.Tensor, targets_ABT: torch.Tensor):
+        A = inputs_ABT.shape[0]
+        step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
+        state.model.zero_grad(set_to_none=True)
+        total_loss = 0.0
+        for index in range(A):
+            key = random.fold_in(step_key, index) if config.model.dropout else None
+            loss = state.model.loss(inputs_ABT[index], targets_ABT[index], dropout_key=key)
+            loss.backward()
+            total_loss = total_loss + loss.detach()
+        grads = [parameter.grad for parameter in state.model.parameters()]
+        for grad in grads:
+            grad.div_(A)
+
+        grad_norm = clip_by_global_norm(grads, config.clip_norm)
+        factor = schedule(state.step)
+        if math.isfinite(grad_norm):
+            state.optimizer.step(factor)
+            state.step += 1
+        else:
+            state.skipped += 1
+        lr = config.muon.learning_rate * factor
+        return state, {"loss": total_loss / A, "grad_norm": grad_norm, "lr": lr, "skipped": state.skipped}
+
+    return train_step
+
+
+def make_evaluate(config: RunConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`evaluate(model, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`."""
+
+    @torch.no_grad()
+    def evaluate(model, inputs_BT, targets_BT):
+        return model.evaluate(inputs_BT, targets_BT)
+
+    return evaluate
+
+
+class Trainer:
+    """The torch side of `recipe.loop.Trainer`."""
+
+    def __init__(self, config: RunConfig, weights: dict[str, np.ndarray]) -> None:
+        self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cuda.matmul.allow_tf32 = config.precision.matmul == "default"
+        self.state = init_state(config, weights, self.device)
+        self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
+        self.environment = {
+            "backend": self.device,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+
+    def _tensor(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(tokens, np.int64), device=self.device)
+
+    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
+        self.state, metrics = self.train_step(self.state, self._tensor(inputs_ABT), self._tensor(targets_ABT))
+        return metrics
+
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+        loss, correct, tokens = 0.0, 0, 0
+        for inputs_BT, targets_BT in batches:
+            batch = self._tensor(inputs_BT), self._tensor(targets_BT)
+            batch_loss, batch_correct = self.eval_step(self.state.model, *batch)
+            loss, correct, tokens = loss + float(batch_loss), correct + int(batch_correct), tokens + targets_BT.size
+        return loss / tokens, correct / tokens
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return to_hf(dict(self.state.model.named_parameters()))
+
+    def generate(self, tokens: list[int], options) -> Iterable[int]:
+        return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)
+
+
+def train(config: RunConfig) -> None:
+    """Train as configured and leave the run folder `config.out`."""
+    loop.run(config, framework="torch", make_trainer=Trainer)
