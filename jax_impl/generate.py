@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -12,7 +13,7 @@ from jax_impl import random
 from jax_impl.model import contract
 from jax_impl.weights import bind, from_hf, model_structure
 from recipe.config import ModelConfig, PrecisionConfig
-from recipe.generation import SamplingOptions, check_context
+from recipe.generation import SamplingOptions, check_context, run_command
 
 # Buffers grow by whole multiples of this many tokens, so that few lengths are compiled.
 LENGTH_STEP = 128
@@ -79,6 +80,4 @@ def make_generator(
 
 
 if __name__ == "__main__":
-    from recipe.cli import run_generate
-
-    run_generate(make_generator, program="python -m jax_impl.generate")
+    sys.exit(run_command("jax_impl.generate", make_generator))

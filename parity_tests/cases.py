@@ -36,6 +36,7 @@ VARIANTS = {
     "bias": dataclasses.replace(AWKWARD, attention_bias=True),
     "window": dataclasses.replace(AWKWARD, sliding_window=3, max_window_layers=1),
     "no-qk-norm": dataclasses.replace(AWKWARD, qk_norm=False),
+    "square": dataclasses.replace(AWKWARD, hidden_size=24),
     "mha": dataclasses.replace(AWKWARD, num_key_value_heads=6),
     "everything": dataclasses.replace(
         AWKWARD, tie_word_embeddings=False, attention_bias=True, sliding_window=5, max_window_layers=2, dropout=0.1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from recipe import cli
 from recipe.checkpoint import find_weights, load_folder
 from recipe.config import ModelConfig, PrecisionConfig, require
 
@@ -73,11 +74,23 @@ def check_context(config: ModelConfig, prompt_tokens: int, options: SamplingOpti
     )
 
 
-def main(command: GenerateCommand, make_generator: Callable[..., Callable[..., Iterable[int]]]) -> None:
-    """Print the continuation of the prompt token by token, or of each prompt typed in.
+def run_command(module: str, make_generator: Callable[..., Callable[..., Iterable[int]]]) -> int:
+    """`python -m MODULE --checkpoint ... --prompt ...`: returns the exit code.
 
     `make_generator(config, precision, weights)` returns a function from (tokens, options) to new tokens.
     """
+
+    def main() -> None:
+        command = cli.parse(
+            GenerateCommand, sys.argv[1:], prog=f"python -m {module}", description="Generate text from a checkpoint."
+        )
+        generate_text(command, make_generator)
+
+    return cli.run(main)
+
+
+def generate_text(command: GenerateCommand, make_generator: Callable[..., Callable[..., Iterable[int]]]) -> None:
+    """Print the continuation of the prompt token by token, or of each prompt typed in."""
     from recipe.tokenizer import load_tokenizer
 
     folder = find_weights(command.checkpoint)

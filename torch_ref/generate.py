@@ -1,6 +1,7 @@
 """Text generation in torch; `python -m torch_ref.generate --checkpoint runs/NAME --prompt "..."`. Twin: `jax_impl/generate.py`."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from recipe.config import ModelConfig, PrecisionConfig
-from recipe.generation import SamplingOptions, check_context
+from recipe.generation import SamplingOptions, check_context, run_command
 from torch_ref import random
 from torch_ref.weights import from_hf
 
@@ -71,6 +72,4 @@ def make_generator(
 
 
 if __name__ == "__main__":
-    from recipe.cli import run_generate
-
-    run_generate(make_generator, program="python -m torch_ref.generate")
+    sys.exit(run_command("torch_ref.generate", make_generator))
