@@ -76,6 +76,7 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
     with RunLog(folder, config, framework=framework, environment=trainer.environment) as log:
         log.header(describe(config, trainer.environment))
         log.header(_describe_data(config, dataset, baselines))
+        log.log_baselines(baselines)
         best = _optimize(config, dataset, trainer, log)
         log.header(_samples(config, dataset, trainer, folder))
     picture = folder / "loss.png"

@@ -1,0 +1,77 @@
+# Every target works alone on a fresh clone: it makes the virtual environment it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# Two test processes with one compute thread each: faster than one process with two, and steady on small machines.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format bench gpu mutants clean
+
+help:
+	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
+	@echo "make test     set up, then run the tests, parity included             (ARGS='-k muon')"
+	@echo "make lint     ruff's checks and its formatting, changing nothing"
+	@echo "make format   ruff's formatting and safe fixes, in place"
+	@echo "make bench    time both implementations                              (ARGS='--help')"
+	@echo "make gpu      set up with CUDA, then run the tests that need a GPU"
+	@echo "make mutants  seed bugs one by one and show which test catches each"
+	@echo "make clean    remove the virtual environment and caches; runs/ stays"
+	@echo
+	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer. Without make:"
+	@echo "  python3 -m venv .venv && .venv/bin/pip install -e .          then  .venv/bin/python train_jax.py"
+	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[test]'  then  .venv/bin/python -m pytest"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { \
+	  echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than pyproject.toml exactly when the dependencies may have changed.
+$(VENV)/.installed-base: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.installed-base
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
+
+$(VENV)/.installed-cuda: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[cuda,test]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
+
+train: $(VENV)/.installed-base
+	$(BIN)/python train_jax.py --preset tiny $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu: $(VENV)/.installed-cuda
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu $(ARGS)
+
+mutants: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m parity_tests.mutants $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,357 @@
+"""Seeded bugs: each one a realistic slip, and the test that must catch it. Run by `python -m parity_tests.mutants`."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """An edit of one module's source, and the tests of which at least one must fail under it."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    caught_by: str
+    """pytest node ids, separated by spaces."""
+
+
+class Equivalent(NamedTuple):
+    """An edit that changes nothing a test of values could see, and why."""
+
+    name: str
+    edit: str
+    reason: str
+
+
+MODEL, NS, MUON, TRAIN = "jax_impl.model", "jax_impl.newton_schulz", "jax_impl.muon", "jax_impl.train"
+LOGITS = "parity_tests/test_model.py"
+PARTS = "parity_tests/test_parts.py"
+GRADS = "parity_tests/test_model.py"
+HF = "parity_tests/test_transformers.py"
+TRAINING = "parity_tests/test_training.py"
+ORTHO = "parity_tests/test_newton_schulz.py"
+MUON_TESTS = "parity_tests/test_muon.py"
+HYBRID = "parity_tests/test_hybrid.py"
+PROPERTIES = "parity_tests/test_properties.py"
+GENERATION = "parity_tests/test_generation.py"
+RANDOM = "parity_tests/test_random.py"
+
+MUTANTS = (
+    # The model, forward.
+    Mutant(
+        "q_norm and k_norm swapped",
+        MODEL,
+        "q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)",
+        "q_BTNH, k_BSKH = self.k_norm(q_BTNH), self.q_norm(k_BSKH)",
+        LOGITS,
+    ),
+    Mutant(
+        "QK-norm after RoPE",
+        MODEL,
+        """        if self.q_norm is not None:
+            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+        q_BTNH, k_BSKH = apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)
+""",
+        """        q_BTNH, k_BSKH = apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)
+        if self.q_norm is not None:
+            q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+""",
+        LOGITS,
+    ),
+    Mutant("theta five times too large", MODEL, "= config.rope_theta **", "= (5.0 * config.rope_theta) **", LOGITS),
+    Mutant(
+        "half of the rotary frequencies",
+        MODEL,
+        "return np.cos(angles_TR), np.sin(angles_TR)",
+        "angles_TR[:, angles_TR.shape[1] // 2 :] = 0.0\n    return np.cos(angles_TR), np.sin(angles_TR)",
+        LOGITS,
+    ),
+    Mutant(
+        "rotation the other way on keys only",
+        MODEL,
+        "apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)",
+        "apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, -sin_TR)",
+        LOGITS,
+    ),
+    Mutant(
+        "keys rotated one position late",
+        MODEL,
+        "apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)",
+        "apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, jnp.roll(cos_TR, 1, 0), jnp.roll(sin_TR, 1, 0))",
+        LOGITS,
+    ),
+    Mutant(
+        "rotation over heads instead of positions",
+        MODEL,
+        "cos, sin = cos_TR[:, None, :].astype(wide), sin_TR[:, None, :].astype(wide)",
+        "N = x_BTNH.shape[2]\n    cos, sin = cos_TR[:N].astype(wide), sin_TR[:N].astype(wide)",
+        LOGITS,
+    ),
+    Mutant(
+        "neighbouring dimensions paired by RoPE",
+        MODEL,
+        "first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)",
+        "first, second = x_BTNH.astype(wide)[..., ::2], x_BTNH.astype(wide)[..., 1::2]",
+        LOGITS,
+    ),
+    Mutant(
+        "gate and up swapped",
+        MODEL,
+        "gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)",
+        "gate_BTF, up_BTF = self.up_proj(x_BTD), self.gate_proj(x_BTD)",
+        LOGITS,
+    ),
+    Mutant("GELU for SiLU", MODEL, "jax.nn.silu(", "jax.nn.gelu(", LOGITS),
+    Mutant("RMSNorm eps 1e-5", MODEL, "keepdims=True) + self.eps)", "keepdims=True) + 10 * self.eps)", LOGITS),
+    Mutant(
+        "RMSNorm eps outside the root",
+        MODEL,
+        "jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)",
+        "(1.0 / (jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True)) + self.eps))",
+        LOGITS,
+    ),
+    Mutant("LayerNorm's variance for RMSNorm's", MODEL, "jnp.mean(wide * wide, axis", "jnp.var(wide, axis", LOGITS),
+    Mutant("queries see one key of the future", MODEL, "(s <= t) if", "(s <= t + 1) if", LOGITS),
+    Mutant("window one key too wide", MODEL, "(s > t - window)", "(s >= t - window)", LOGITS),
+    Mutant(
+        "window's first block cut one key short",
+        MODEL,
+        "max(0, start - window + 1)",
+        "max(0, start - window + 2)",
+        LOGITS,
+    ),
+    Mutant("scores over sqrt(hidden) instead of sqrt(head_dim)", MODEL, "/ math.sqrt(H)", "/ math.sqrt(N * H)", LOGITS),
+    Mutant(
+        "query heads grouped the other way round",
+        MODEL,
+        "q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)",
+        "q_BTKGH = q_BTNH.reshape(B, T, N // K, K, H).swapaxes(2, 3)",
+        LOGITS,
+    ),
+    Mutant("final norm left out", MODEL, "dropout(self.norm(x_BTD), rate,", "dropout(x_BTD, rate,", LOGITS),
+    Mutant(
+        "residual taken after the norm",
+        MODEL,
+        "        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key)",
+        "        x_BTD = self.input_layernorm(x_BTD)\n"
+        "        branch_BTD = self.self_attn(x_BTD, cos_TR, sin_TR, dropout_key)",
+        LOGITS,
+    ),
+    Mutant("bias not added", MODEL, "return y if self.bias is None else y +", "return y if True else y +", LOGITS),
+    Mutant(
+        "window from the wrong layer on",
+        "recipe.config",
+        "if layer >= self.max_window_layers",
+        "if layer > self.max_window_layers",
+        HF,
+    ),
+    Mutant(
+        "rope_theta lost on the way to config.json",
+        "recipe.checkpoint",
+        '"rope_theta": config.rope_theta},',
+        '"rope_theta": 10_000.0 * 1.5},',
+        HF,
+    ),
+    # The model, backward and loss.
+    Mutant(
+        "tied head as a copy: no gradient through it",
+        MODEL,
+        "return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]",
+        "return jax.lax.stop_gradient((self.lm_head or self.model.embed_tokens).weight[...])",
+        GRADS,
+    ),
+    Mutant("loss over M - 1 tokens", MODEL, "jnp.full((M,), 1.0 / M,", "jnp.full((M,), 1.0 / (M - 1),", GRADS),
+    Mutant(
+        "padding tokens of the last chunk counted",
+        MODEL,
+        "accumulator(x_MD.dtype)), (0, padding))",
+        "accumulator(x_MD.dtype)), (0, padding), constant_values=1.0 / M)",
+        PROPERTIES,
+    ),
+    Mutant(
+        "head's gradient from the last chunk only",
+        MODEL,
+        "return (loss, grad_head_VD + contract(",
+        "return (loss, 0.0 * grad_head_VD + contract(",
+        PROPERTIES,
+    ),
+    Mutant(
+        "labels shifted by one",
+        MODEL,
+        "return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))",
+        "return cross_entropy(\n"
+        "            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, jnp.roll(targets_BT, 1, 1).reshape(-1)\n        )",
+        GRADS,
+    ),
+    Mutant(
+        "upstream gradient of the loss ignored",
+        MODEL,
+        "return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), grad_head_VD * cotangent, None",
+        "return grad_x_MD, grad_head_VD * cotangent, None",
+        PROPERTIES,
+    ),
+    Mutant(
+        "accuracy of the second-largest logit",
+        MODEL,
+        "jnp.argmax(logits_MV, axis=-1) == targets",
+        "jnp.argmin(logits_MV, axis=-1) == targets",
+        GRADS,
+    ),
+    # Dropout and random numbers.
+    Mutant("dropout without 1/(1-rate)", MODEL, "/ (1.0 - rate)).astype", "/ 1.0).astype", PARTS + " " + GRADS),
+    Mutant(
+        "one mask for both residual branches",
+        MODEL,
+        "self.layer, random.FFN_RESIDUAL)",
+        "self.layer, random.ATTENTION_RESIDUAL)",
+        GRADS,
+    ),
+    Mutant("dropped and kept exchanged", "jax_impl.random", "shape) >= jnp", "shape) < jnp", RANDOM),
+    Mutant("a Threefry rotation mistyped", "torch_ref.random", "(13, 15, 26, 6)", "(13, 15, 26, 7)", RANDOM),
+    Mutant(
+        "the same mask in every micro-batch",
+        TRAIN,
+        "random.fold_in(step_key, index) if",
+        "random.fold_in(step_key, 0) if",
+        TRAINING,
+    ),
+    Mutant(
+        "the same masks at every step",
+        TRAIN,
+        "random.fold_in(random.key(config.seed), state.step + state.skipped)",
+        "random.fold_in(random.key(config.seed), 0)",
+        TRAINING,
+    ),
+    # Newton-Schulz.
+    Mutant("coefficient 3.4455", NS, "(3.4445,", "(3.4455,", ORTHO),
+    Mutant("coefficient 2.0351", NS, "2.0315)", "2.0351)", ORTHO),
+    Mutant("coefficient -4.7550", NS, "-4.7750", "-4.7550", ORTHO),
+    Mutant("eps as a clamp", NS, "(x / (norm + eps))", "(x / jnp.maximum(norm, eps))", ORTHO),
+    Mutant("eps under the root", NS, "keepdims=True))", "keepdims=True) + eps**2)", ORTHO),
+    Mutant("eps 1e-8", NS, "eps: float = 1e-7", "eps: float = 1e-8", ORTHO),
+    Mutant("one iteration too many", NS, "fori_loop(0, steps,", "fori_loop(0, steps + 1,", ORTHO),
+    Mutant(
+        "norm of the whole stack",
+        NS,
+        "jnp.sum(x * x, axis=(-2, -1), keepdims=True)",
+        "jnp.sum(x * x, keepdims=True)",
+        ORTHO,
+    ),
+    Mutant(
+        "polynomial summed in bfloat16 with rounded coefficients",
+        NS,
+        "(b * gram.astype(wide) + c * matmul(gram, gram)).astype(dtype)",
+        "b * gram + c * matmul(gram, gram).astype(dtype)",
+        ORTHO,
+    ),
+    Mutant("no transpose of tall matrices", NS, "tall = x_OI.shape[-2] > x_OI.shape[-1]", "tall = False", ORTHO),
+    # Muon and the hybrid.
+    Mutant(
+        "fan ratio upside down",
+        MUON,
+        "max(1.0, update_IO.shape[-1] / update_IO.shape[-2])",
+        "max(1.0, update_IO.shape[-2] / update_IO.shape[-1])",
+        MUON_TESTS,
+    ),
+    Mutant("fan ratio without its root", MUON, "update_IO.shape[-2]) ** 0.5", "update_IO.shape[-2])", MUON_TESTS),
+    Mutant(
+        "Nesterov with the old momentum",
+        MUON,
+        "optax.tree.update_moment(updates, mu, beta, order=1) if nesterov",
+        "optax.tree.update_moment(updates, state.mu, beta, order=1) if nesterov",
+        MUON_TESTS,
+    ),
+    Mutant("no Nesterov", MUON, "if nesterov else mu", "if not nesterov else mu", MUON_TESTS),
+    Mutant(
+        "momentum as a sum (same direction, other state)",
+        MUON,
+        "        mu = optax.tree.update_moment(updates, state.mu, beta, order=1)",
+        "        mu = jax.tree.map(lambda g, m: g + beta * m, updates, state.mu)",
+        MUON_TESTS,
+    ),
+    Mutant("beta 0.949", MUON, "                muon_config.beta,", "                muon_config.beta - 0.001,", TRAINING),
+    Mutant(
+        "square kernels iterated on the wrong side",
+        MUON,
+        "kernel_is_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]",
+        "kernel_is_wide = [leaves[i].shape[-1] >= leaves[i].shape[-2] for i in indices]",
+        MUON_TESTS + " " + ORTHO,
+    ),
+    Mutant("clip without torch's 1e-6", MUON, "jnp.minimum(1.0, max_norm / (norm + 1e-6))", "jnp.minimum(1.0, max_norm / norm)", TRAINING),
+    Mutant("embedding under Muon", MUON, '.role == "matrix" else', '.role in ("matrix", "embedding") else', HYBRID),
+    Mutant(
+        "decay on norm scales",
+        MUON,
+        'if adamw_config.decay_norms else ("embedding", "head")',
+        'if True else ("embedding", "head")',
+        HYBRID,
+    ),
+    Mutant("AdamW's beta2 0.99", MUON, "b2=adamw_config.beta2", "b2=adamw_config.beta2 - 0.009", HYBRID),
+    Mutant("learning rate 0.1 % too high", MUON, "muon_config.learning_rate *", "1.001 * muon_config.learning_rate *", TRAINING),
+    Mutant("torch momentum by lerp with beta", "torch_ref.muon", "1.0 - group[\"beta\"])", "group[\"beta\"])", MUON_TESTS),
+    # The train step.
+    Mutant("gradients summed instead of averaged", TRAIN, "lambda x: x / A, total", "lambda x: x, total", TRAINING),
+    Mutant(
+        "clip of each micro-batch instead of their mean",
+        TRAIN,
+        "            gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n",
+        "            value, gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n"
+        "            gradient = value, clip_by_global_norm(gradient, config.clip_norm)[0]\n",
+        TRAINING,
+    ),
+    Mutant(
+        "schedule one update ahead",
+        TRAIN,
+        "jnp.asarray(factors)[jnp.minimum(count, config.steps - 1)]",
+        "jnp.asarray(factors)[jnp.minimum(count + 1, config.steps - 1)]",
+        TRAINING,
+    ),
+    Mutant(
+        "a non-finite gradient still moves the state",
+        TRAIN,
+        "finite = jnp.isfinite(grad_norm)",
+        "finite = True",
+        TRAINING,
+    ),
+    # Recipe and generation.
+    Mutant("warm-up starts at zero", "recipe.schedule", "(step + 1.0) / max(1, warmup)", "step / max(1, warmup)", "tests/test_config.py"),
+    Mutant(
+        "top-p drops the token that reaches p",
+        "jax_impl.generate",
+        "jnp.cumsum(probs) - probs < top_p",
+        "jnp.cumsum(probs) < top_p",
+        GENERATION,
+    ),
+    Mutant(
+        "temperature multiplies",
+        "jax_impl.generate",
+        "logits_V = logits_V / temperature",
+        "logits_V = logits_V * temperature",
+        GENERATION,
+    ),
+    Mutant(
+        "the last prompt token is not seen",
+        "jax_impl.generate",
+        "[0, length - 1]",
+        "[0, length - 2]",
+        GENERATION,
+    ),
+)
+
+EQUIVALENT = (
+    Equivalent(
+        "all positions shifted by a constant",
+        "rope_table over arange(length) + 1",
+        "RoPE depends on differences of positions; parity_tests/test_properties.py shows it",
+    ),
+    Equivalent(
+        "momentum as a sum, seen through the update alone",
+        "g + beta m for beta m + (1 - beta) g, with the matching Nesterov form",
+        "the two differ by the factor 1 - beta, which Newton-Schulz divides out but for eps; the state shows it, "
+        "and the tests compare the state",
+    ),
+    Equivalent(
+        "no transpose of tall matrices, seen through values",
+        "tall = False",
+        "Newton-Schulz commutes with transposition up to rounding; it costs FLOPs, and a test counts them",
+    ),
+)

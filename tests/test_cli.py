@@ -1,0 +1,263 @@
+"""The command line: presets and flags, one line and exit 2 for each mistake, and nothing touched."""
+
+import contextlib
+import dataclasses
+import io
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_jax
+import train_torch
+from recipe.cli import is_users_mistake, parse, parse_run_config, run
+from recipe.config import ModelConfig, require, to_dict
+from recipe.presets import PRESETS, get_preset
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRIES = {"jax": train_jax, "torch": train_torch}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(entry: types.ModuleType, *argv: str) -> tuple[int, str]:
+    """Exit code and stderr of an entry script on these arguments."""
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", [entry.__name__, *argv])
+        code = run(entry.main)
+    return code, stderr.getvalue()
+
+
+def test_without_flags_it_is_the_tiny_preset():
+    expected = dataclasses.replace(get_preset("tiny"), out="runs/tiny-jax")
+    assert parse_run_config([], framework="jax") == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_changes_nothing_but_the_folder(name):
+    config = parse_run_config(["--preset", name], framework="torch")
+    assert config == dataclasses.replace(get_preset(name), out=f"runs/{name}-torch")
+
+
+def test_every_field_is_a_flag_with_either_separator():
+    """Each leaf, set by its flag to the value another preset has, arrives; with - and with _."""
+    wanted = dataclasses.replace(get_preset("seed"), out="somewhere")
+    for separator in "-_":
+        argv = []
+        for section, value in to_dict(wanted).items():
+            leaves = {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
+            for name, leaf in leaves.items():
+                argv.append("--" + name.replace("_", separator))
+                argv += leaf if isinstance(leaf, tuple) else [str(leaf)]
+        assert len(argv) > 2 * 50
+        assert parse_run_config(argv, framework="jax") == wanted
+
+
+def test_flags_override_the_preset_wherever_they_stand():
+    config = parse_run_config(["--steps=7", "--preset", "seed", "--model.qk-norm", "False"], framework="jax")
+    assert (config.preset, config.steps, config.model.qk_norm) == ("seed", 7, False)
+    assert config.model.hidden_size == get_preset("seed").model.hidden_size
+
+
+MISTAKES = {
+    "--stepz 3": ["--stepz", "--steps"],
+    "--learning-rate 1": ["--muon.learning-rate", "--adamw.learning-rate"],
+    "--hidden_size 64": ["--model.hidden-size"],
+    "--model.sequence-length 8": ["--sequence-length"],
+    "--preset sed": ["sed", "seed"],
+    "--preset": ["--preset"],
+    "--steps abc": ["--steps", "abc", "int", "400"],
+    "--steps 1.5": ["--steps", "1.5", "int"],
+    "--steps": ["--steps", "int"],
+    "--steps --seed 3": ["--steps", "int"],
+    "--steps=": ["--steps", "int"],
+    "--muon.beta x": ["--muon.beta", "x", "float"],
+    "--model.qk-norm yes": ["--model.qk-norm", "yes", "True or False"],
+    "--data.split x": ["--data.split", "documents, leaking-windows"],
+    "--data.max-tokens x": ["--data.max-tokens", "int", "None"],
+    "tiny": ["tiny"],
+    "--steps 3 4": ["4"],
+    "--steps 0": ["steps=0"],
+    "--steps -5": ["steps=-5"],
+    "--log-every 0": ["log_every=0"],
+    "--clip-norm nan": ["clip_norm=nan"],
+    "--clip-norm inf": ["clip_norm=inf"],
+    "--muon.learning-rate nan": ["learning_rate=nan"],
+    "--adamw.learning-rate nan": ["learning_rate=nan"],
+    "--adamw.learning-rate inf": ["learning_rate=inf"],
+    "--adamw.learning-rate -1e-3": ["learning_rate=-0.001"],
+    "--schedule.final-factor nan": ["final_factor=nan"],
+    "--model.num-key-value-heads 4": ["num_attention_heads=6", "num_key_value_heads=4", "1", "2", "3", "6"],
+    "--model.head-dim 5": ["head_dim=5", "even"],
+    "--sequence-length 1025": ["sequence_length=1025", "max_position_embeddings=1024"],
+    "--seed -1": ["seed=-1"],
+    "--prompts -x": ["-x"],
+}
+
+
+@pytest.mark.parametrize("framework", ENTRIES)
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2_and_touches_nothing(line, framework, empty_folder):
+    code, stderr = start(ENTRIES[framework], *line.split())
+    assert code == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n")
+    assert not set("│╭─") & set(stderr)
+    for part in MISTAKES[line]:
+        assert part in stderr
+    assert not any(empty_folder.iterdir())
+
+
+def test_a_rule_of_the_config_is_told_in_its_own_words():
+    with pytest.raises(ValueError) as rule:
+        ModelConfig(num_attention_heads=6, num_key_value_heads=4)
+    _, stderr = start(train_jax, "--model.num-key-value-heads", "4")
+    assert stderr == f"error: {rule.value}\n"
+
+
+def test_a_folder_that_holds_anything_is_refused(empty_folder):
+    (empty_folder / "mine").mkdir()
+    (empty_folder / "mine-2").mkdir()
+    (empty_folder / "mine" / "note.txt").write_text("kept")
+    (empty_folder / "mine-2" / ".hidden").write_text("kept")
+    code, stderr = start(train_jax, "--out", "mine")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "--out mine already holds files" in stderr and "--out mine-3." in stderr
+    assert sorted(p.name for p in empty_folder.rglob("*")) == [".hidden", "mine", "mine-2", "note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("out", "part"), [("file", "is a file"), ("file/x/y", "lies under file"), (".", "--out runs/new")]
+)
+def test_a_path_that_cannot_be_a_new_folder_is_refused(out, part, empty_folder):
+    (empty_folder / "file").write_text("kept")
+    code, stderr = start(train_jax, "--out", out)
+    assert (code, stderr.count("\n")) == (2, 1) and part in stderr
+
+
+def test_an_empty_or_absent_folder_is_taken_as_named(empty_folder):
+    (empty_folder / "mine").mkdir()
+    assert parse_run_config(["--out", "mine"], framework="jax").out == "mine"
+    assert parse_run_config(["--out", "a/b"], framework="jax").out == "a/b"
+    assert [p.name for p in empty_folder.iterdir()] == ["mine"]
+
+
+def test_an_automatic_name_that_is_taken_is_numbered(empty_folder):
+    for expected in ("runs/tiny-jax", "runs/tiny-jax-2", "runs/tiny-jax-3"):
+        out = Path(parse_run_config([], framework="jax").out)
+        assert str(out) == expected
+        out.mkdir(parents=True)
+        (out / "run.json").write_text("{}")
+    assert parse_run_config([], framework="torch").out == "runs/tiny-torch"
+
+
+def test_the_entries_hand_the_config_to_their_framework(monkeypatch):
+    for framework, package in (("jax", "jax_impl"), ("torch", "torch_ref")):
+        seen = []
+        fake = types.ModuleType(f"{package}.train")
+        fake.train = seen.append
+        monkeypatch.setitem(sys.modules, f"{package}.train", fake)
+        assert start(ENTRIES[framework], "--steps", "3") == (0, "")
+        assert seen == [dataclasses.replace(get_preset("tiny"), steps=3, out=f"runs/tiny-{framework}")]
+
+
+def test_without_torch_the_line_names_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch_ref.train", raising=False)
+
+    class NoTorch:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "torch_ref" and name != "torch_ref":
+                raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
+    code, stderr = start(train_torch)
+    assert (code, stderr) == (2, "error: PyTorch is not installed; run: pip install -e '.[torch]'\n")
+
+
+def test_help_shows_the_presets_defaults_at_once():
+    """In a process of its own: every flag with its docstring and this preset's default, and no framework imported."""
+    program = """
+        import sys
+        import train_jax, train_torch
+        for entry in (train_jax, train_torch):
+            try:
+                entry.main()
+            except SystemExit as stop:
+                assert stop.code == 0
+        print("loaded", sorted({"jax", "flax", "torch", "transformers", "datasets", "numpy"} & set(sys.modules)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), "--preset", "seed", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "--steps INT Optimizer updates. (default: 500)" in text
+    assert "--model.hidden-size INT Width of the residual stream (D). (default: 384)" in text
+    assert "train_jax.py" in text and "train_torch.py" in text and ", ".join(PRESETS) in text
+    assert text.endswith("loaded []")
+    assert done.stderr == ""
+
+
+def test_ctrl_c_is_130(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_exit_code_of_main_is_kept():
+    assert run(lambda: None) == 0
+    assert run(lambda: 1) == 1
+
+
+def test_a_long_message_stays_one_line(capsys):
+    assert run(lambda: require(False, "value\nrule\n  remedy")) == 2
+    assert capsys.readouterr().err == "error: value rule remedy\n"
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: np.zeros(3).reshape(2, 2),
+        lambda: int("x"),
+        lambda: np.zeros(3) + np.zeros(4),
+        lambda: {}["missing"],
+        lambda: exec("int('x')", {"__name__": "recipe.module"}),  # in our own code, but not raised on purpose
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises((ValueError, LookupError)) as caught:
+        run(bug)
+    assert not is_users_mistake(caught.value)
+
+
+def test_a_missing_file_is_the_users_mistake(capsys, empty_folder):
+    assert run(lambda: (empty_folder / "corpus.txt").read_text() and None) == 2
+    stderr = capsys.readouterr().err
+    assert "corpus.txt" in stderr and stderr.count("\n") == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command with a required flag."""
+
+    checkpoint: str
+    """Where from."""
+    top_k: int = 0
+    """How many."""
+
+
+def test_parse_serves_other_commands():
+    read = {"prog": "command", "description": "Try."}
+    assert parse(Command, ["--checkpoint", "x", "--top-k", "3"], **read) == Command("x", 3)
+    with pytest.raises(ValueError, match=r"^--checkpoint is missing; it needs a text \(str\)\.$"):
+        parse(Command, ["--top-k", "3"], **read)
+    with pytest.raises(ValueError, match=r"^--top-k x is not a whole number \(int\); choose one, e.g. --top-k 0\.$"):
+        parse(Command, ["--checkpoint", "x", "--top-k", "x"], **read)

@@ -1,0 +1,167 @@
+"""Who may import whom, read from the source and then tried with the other framework out of reach."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("recipe", "jax_impl", "torch_ref", "parity_tests", "benchmarks", "tests")
+FILES = sorted(ROOT.glob("*.py")) + sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+TORCH = {"torch", "torchvision", "tensorboardX"}  # tensorboardX imports torch where it can
+HEAVY = {"transformers", "datasets"}  # transformers imports torch where it can; both are extras
+NEVER = {
+    "recipe": JAX | TORCH | {"jax_impl", "torch_ref", "parity_tests"},
+    "jax_impl": TORCH | HEAVY | {"torch_ref", "parity_tests"},
+    "train_jax.py": TORCH | HEAVY | {"torch_ref", "parity_tests"},
+    "torch_ref": JAX | HEAVY | {"jax_impl", "parity_tests"},
+    "train_torch.py": JAX | HEAVY | {"jax_impl", "parity_tests"},
+}
+"""First part of a path in the tree -> modules that nothing there imports, not even inside a function."""
+
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def area(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0]
+
+
+def label(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Top-level names of all modules imported anywhere in the tree, by statement or by name in a string."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return {name.partition(".")[0] for name in found}
+
+
+def at_import(tree: ast.Module) -> ast.Module:
+    """The module without the bodies of its functions: what runs when it is imported."""
+
+    class DropFunctions(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+    return DropFunctions().visit(ast.parse(ast.unparse(tree)))
+
+
+def breaches(tree: ast.Module, where: str) -> set[str]:
+    """Modules that a file of this area imports and must not."""
+    found = imports(tree) & NEVER.get(where, set())
+    if where == "recipe":
+        found |= imports(at_import(tree)) & HEAVY
+    return found
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """Uses of pickle in any guise: loading such a file runs whatever it says."""
+    found = sorted(imports(tree) & UNSAFE_MODULES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            found += [name for name in ("torch.load", "torch.save") if ast.unparse(node.func) == name]
+            for keyword in node.keywords:
+                if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
+                    found.append(f"allow_pickle={ast.unparse(keyword.value)}")
+    return found
+
+
+def test_the_tree_was_found():
+    areas = {area(file) for file in FILES}
+    assert {"recipe", "jax_impl", "torch_ref", "train_jax.py", "train_torch.py", "tests"} <= areas
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_no_file_imports_the_other_half(file):
+    assert breaches(ast.parse(file.read_text(encoding="utf-8")), area(file)) == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_no_file_uses_pickle(file):
+    assert unsafe(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "where", "found"),
+    [
+        ("import torch.nn as nn", "jax_impl", {"torch"}),
+        ("def f():\n    from torch_ref import muon", "jax_impl", {"torch_ref"}),
+        ("import importlib\nimportlib.import_module('jax.numpy')", "torch_ref", {"jax"}),
+        ("from transformers import AutoTokenizer", "recipe", {"transformers"}),
+        ("class A:\n    import datasets", "recipe", {"datasets"}),
+        ("def f():\n    import datasets", "recipe", set()),
+        ("import torch, jax", "parity_tests", set()),
+        ("from . import torch", "jax_impl", set()),
+    ],
+)
+def test_the_import_check_can_fail(source, where, found):
+    assert breaches(ast.parse(source), where) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", ["pickle"]),
+        ("from dill import load", ["dill"]),
+        ("torch.load('x', weights_only=True)", ["torch.load"]),
+        ("np.load('x', allow_pickle=True)", ["allow_pickle=True"]),
+        ("np.load('x', allow_pickle=False)", []),
+        ("np.load('x', mmap_mode='r')", []),
+    ],
+)
+def test_the_pickle_check_can_fail(source, found):
+    assert unsafe(ast.parse(source)) == found
+
+
+BLOCKED_IMPORT = """
+    import importlib
+    import sys
+
+    blocked, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in blocked:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Blocker())
+    for module in modules:
+        importlib.import_module(module)
+    print(*modules)
+"""
+
+
+def modules_of(where: str) -> list[str]:
+    """Dotted names of all modules of a package, or of the one script."""
+    files = [file for file in FILES if area(file) == where]
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+@pytest.mark.parametrize("where", NEVER)
+def test_a_half_imports_with_the_other_uninstalled(where):
+    modules = modules_of(where)
+    assert modules
+    blocked = NEVER[where] | HEAVY
+    command = [sys.executable, "-c", textwrap.dedent(BLOCKED_IMPORT), ",".join(sorted(blocked)), ",".join(modules)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, modules), done.stderr
+
+
+def test_the_blocker_blocks():
+    command = [sys.executable, "-c", textwrap.dedent(BLOCKED_IMPORT), "numpy", "recipe.params"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and "No module named 'numpy'" in done.stderr

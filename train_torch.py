@@ -1,0 +1,22 @@
+"""Train the PyTorch reference: `python train_torch.py --preset tiny`; `--help` lists every flag."""
+
+import sys
+
+from recipe.cli import parse_run_config, run
+from recipe.config import require
+
+
+def main() -> None:
+    """Parse first, then import PyTorch, so that `--help` and a mistyped flag answer at once."""
+    config = parse_run_config(sys.argv[1:], framework="torch")
+    try:
+        from torch_ref.train import train
+    except ModuleNotFoundError as missing:
+        require(missing.name != "torch", "PyTorch is not installed; run: pip install -e '.[torch]'")
+        raise
+
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
