@@ -1,4 +1,7 @@
-"""Text generation in JAX; `python -m jax_impl.generate --checkpoint runs/NAME --prompt "..."`. Twin: `torch_ref/generate.py`."""
+"""Text generation in JAX: `python -m jax_impl.generate --checkpoint runs/NAME --prompt "..."`.
+
+Twin: `torch_ref/generate.py`.
+"""
 
 import functools
 import math

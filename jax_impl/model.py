@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jax_impl import random
-from recipe.config import ModelConfig, PrecisionConfig
+from recipe.config import ModelConfig, PrecisionConfig, require
 
 # Queries per block of explicit attention: a block skips the keys none of its queries sees.
 QUERY_BLOCK = 128
@@ -317,8 +317,7 @@ class Qwen3Model(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
-        if limit < T:
-            raise ValueError(f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
+        require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
         cos_TR, sin_TR = (jnp.asarray(table, accumulator(self.dtype)) for table in rope_table(self.config, T))
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
@@ -353,7 +352,5 @@ class Qwen3ForCausalLM(nnx.Module):
     def evaluate(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Sum of the tokens' losses and number of tokens whose target had the largest logit."""
         x_BTD = self.model(inputs_BT)
-        losses_M, correct_M = token_losses(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1)
-        )
+        losses_M, correct_M = token_losses(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
         return jnp.sum(losses_M), jnp.sum(correct_M)

@@ -109,7 +109,9 @@ def muon_with_adamw(
     def decays(params):
         decayed_roles = ("embedding", "head", "norm", "bias") if adamw_config.decay_norms else ("embedding", "head")
         # Inside `partition` the matrices are empty nodes, so the mask is made by mapping over what is left.
-        return jax.tree_util.tree_map_with_path(lambda path, _: specs[hf_name(path[0].key)].role in decayed_roles, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: specs[hf_name(path[0].key)].role in decayed_roles, params
+        )
 
     return optax.partition(
         {

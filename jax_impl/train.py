@@ -1,4 +1,7 @@
-"""Training in JAX: one update is one jitted function; the loop around it is `recipe/loop.py`. Twin: `torch_ref/train.py`."""
+"""Training in JAX: one update is one jitted function; the loop around it is `recipe/loop.py`.
+
+Twin: `torch_ref/train.py`.
+"""
 
 import functools
 from collections.abc import Callable, Iterable

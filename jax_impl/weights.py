@@ -31,7 +31,9 @@ def from_hf(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: P
     params = {}
     for name, spec in param_specs(config).items():
         weight = np.asarray(weights[name])
-        params[flax_path(name, spec.role)] = jnp.asarray(weight.T if spec.role == "matrix" else weight, precision.params)
+        params[flax_path(name, spec.role)] = jnp.asarray(
+            weight.T if spec.role == "matrix" else weight, precision.params
+        )
     return params
 
 

@@ -179,7 +179,8 @@ MUTANTS = (
         MODEL,
         "return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))",
         "return cross_entropy(\n"
-        "            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, jnp.roll(targets_BT, 1, 1).reshape(-1)\n        )",
+        "            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD,\n"
+        "            jnp.roll(targets_BT, 1, 1).reshape(-1)\n        )",
         GRADS,
     ),
     Mutant(
@@ -268,7 +269,9 @@ MUTANTS = (
         "        mu = jax.tree.map(lambda g, m: g + beta * m, updates, state.mu)",
         MUON_TESTS,
     ),
-    Mutant("beta 0.949", MUON, "                muon_config.beta,", "                muon_config.beta - 0.001,", TRAINING),
+    Mutant(
+        "beta 0.949", MUON, "                muon_config.beta,", "                muon_config.beta - 0.001,", TRAINING
+    ),
     Mutant(
         "square kernels iterated on the wrong side",
         MUON,
@@ -276,7 +279,13 @@ MUTANTS = (
         "kernel_is_wide = [leaves[i].shape[-1] >= leaves[i].shape[-2] for i in indices]",
         MUON_TESTS + " " + ORTHO,
     ),
-    Mutant("clip without torch's 1e-6", MUON, "jnp.minimum(1.0, max_norm / (norm + 1e-6))", "jnp.minimum(1.0, max_norm / norm)", TRAINING),
+    Mutant(
+        "clip without torch's 1e-6",
+        MUON,
+        "jnp.minimum(1.0, max_norm / (norm + 1e-6))",
+        "jnp.minimum(1.0, max_norm / norm)",
+        TRAINING,
+    ),
     Mutant("embedding under Muon", MUON, '.role == "matrix" else', '.role in ("matrix", "embedding") else', HYBRID),
     Mutant(
         "decay on norm scales",
@@ -286,8 +295,14 @@ MUTANTS = (
         HYBRID,
     ),
     Mutant("AdamW's beta2 0.99", MUON, "b2=adamw_config.beta2", "b2=adamw_config.beta2 - 0.009", HYBRID),
-    Mutant("learning rate 0.1 % too high", MUON, "muon_config.learning_rate *", "1.001 * muon_config.learning_rate *", TRAINING),
-    Mutant("torch momentum by lerp with beta", "torch_ref.muon", "1.0 - group[\"beta\"])", "group[\"beta\"])", MUON_TESTS),
+    Mutant(
+        "learning rate 0.1 % too high",
+        MUON,
+        "muon_config.learning_rate *",
+        "1.001 * muon_config.learning_rate *",
+        TRAINING,
+    ),
+    Mutant("torch momentum by lerp with beta", "torch_ref.muon", '1.0 - group["beta"])', 'group["beta"])', MUON_TESTS),
     # The train step.
     Mutant("gradients summed instead of averaged", TRAIN, "lambda x: x / A, total", "lambda x: x, total", TRAINING),
     Mutant(
@@ -313,7 +328,13 @@ MUTANTS = (
         TRAINING,
     ),
     # Recipe and generation.
-    Mutant("warm-up starts at zero", "recipe.schedule", "(step + 1.0) / max(1, warmup)", "step / max(1, warmup)", "tests/test_config.py"),
+    Mutant(
+        "warm-up starts at zero",
+        "recipe.schedule",
+        "(step + 1.0) / max(1, warmup)",
+        "step / max(1, warmup)",
+        "tests/test_config.py",
+    ),
     Mutant(
         "top-p drops the token that reaches p",
         "jax_impl.generate",

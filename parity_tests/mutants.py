@@ -70,8 +70,8 @@ def table(outcomes: list[Outcome]) -> str:
     lines = [
         "# Seeded bugs",
         "",
-        "Written by `make mutants` (`python -m parity_tests.mutants`). Each row is one edit of the source, planted while",
-        "Python imports the module, and the first test that failed under it. The edits are in",
+        "Written by `make mutants` (`python -m parity_tests.mutants`). Each row is one edit of the source, planted",
+        "while Python imports the module, and the first test that failed under it. The edits are in",
         "`parity_tests/mutant_catalogue.py`.",
         "",
         f"{caught} of {len(outcomes)} caught.",
@@ -91,8 +91,13 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> int:
     """Run the catalogue; returns the exit code."""
-    command = parse(MutantsCommand, sys.argv[1:], default=MutantsCommand(), prog="python -m parity_tests.mutants",
-                    description="Plant seeded bugs and see which test catches each.")
+    command = parse(
+        MutantsCommand,
+        sys.argv[1:],
+        default=MutantsCommand(),
+        prog="python -m parity_tests.mutants",
+        description="Plant seeded bugs and see which test catches each.",
+    )
     mutants = [mutant for mutant in MUTANTS if command.only in mutant.name]
     require(bool(mutants), f"--only {command.only!r} matches no mutant; leave it out to run all {len(MUTANTS)}.")
     require(command.workers > 0, f"--workers {command.workers} must be at least 1; choose e.g. 2.")

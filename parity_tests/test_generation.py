@@ -44,7 +44,12 @@ def test_top_k_keeps_the_k_largest(side):
 def test_top_p_keeps_the_smallest_set_that_reaches_p(side):
     logits = np.log(np.array([0.15, 0.5, 0.05, 0.3], np.float32))
     # 0.5 falls short of 0.6, 0.5 + 0.3 reaches it; with p = 0.4 the largest alone does.
-    assert np.isfinite(filtered(side, logits, temperature=1.0, top_k=0, top_p=0.6)).tolist() == [False, True, False, True]
+    assert np.isfinite(filtered(side, logits, temperature=1.0, top_k=0, top_p=0.6)).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
     assert np.isfinite(filtered(side, logits, temperature=1.0, top_k=0, top_p=0.4)).sum() == 1
 
 

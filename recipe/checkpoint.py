@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from recipe.config import ModelConfig, require
+from recipe.config import ModelConfig, UserError, require
 from recipe.params import check_weights
 
 # Fields that ModelConfig and Qwen3's config.json have in common, name for name.
@@ -37,7 +37,8 @@ def to_hf_config(config: ModelConfig, eos_id: int | None = None) -> dict:
     """The model as a config.json that transformers 4 and 5 read; without QK-norm it is a Llama."""
     windowed = config.sliding_window is not None
     require(
-        config.qk_norm or not windowed, "Hugging Face's Llama has no sliding window; set model.qk_norm or drop the window."
+        config.qk_norm or not windowed,
+        "Hugging Face's Llama has no sliding window; set model.qk_norm or drop the window.",
     )
     family = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
     values = {
@@ -99,7 +100,9 @@ def save_folder(folder: Path, config: ModelConfig, weights: Mapping[str, np.ndar
     save_file(as_float32, scratch / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(scratch)
+    # mkdtemp and safetensors write for the owner alone; a checkpoint is an ordinary folder.
     scratch.chmod(0o755)
+    (scratch / "model.safetensors").chmod(0o644)
     if folder.exists():
         old = folder.with_name(f".{folder.name}-old")
         shutil.rmtree(old, ignore_errors=True)
@@ -114,7 +117,9 @@ def load_folder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Configuration and weights (stored dtype, bfloat16 widened to float32) of a folder, single or sharded."""
     folder = Path(folder)
     config_file = folder / "config.json"
-    require(config_file.is_file(), f"{folder} holds no config.json; name a run's best/ or last/, or a Hugging Face folder.")
+    require(
+        config_file.is_file(), f"{folder} holds no config.json; name a run's best/ or last/, or a Hugging Face folder."
+    )
     config = from_hf_config(json.loads(config_file.read_text()))
     files = sorted(folder.glob("*.safetensors"))
     require(bool(files), f"{folder} holds no .safetensors file; save the weights as safetensors.")
@@ -137,8 +142,10 @@ def _read(shard, name: str) -> np.ndarray:
 def find_weights(path: str) -> Path:
     """The weights folder meant by `path`: itself, or the best weights of a run folder, or its last ones."""
     folder = Path(path)
-    require(folder.is_dir(), f"--checkpoint {path} is not a folder; name a run folder or a Hugging Face weights folder.")
+    require(
+        folder.is_dir(), f"--checkpoint {path} is not a folder; name a run folder or a Hugging Face weights folder."
+    )
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / "config.json").is_file():
             return candidate
-    raise ValueError(f"--checkpoint {path} holds no config.json, best/ or last/; name a finished run.")
+    raise UserError(f"--checkpoint {path} holds no config.json, best/ or last/; name a finished run.")

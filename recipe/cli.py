@@ -8,24 +8,22 @@ import dataclasses
 import difflib
 import io
 import itertools
-import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from recipe.config import RunConfig, require
+from recipe.config import RunConfig, UserError, require
 from recipe.presets import PRESETS, get_preset
 
 T = TypeVar("T")
 
-OUR_MODULES = {"recipe", "jax_impl", "torch_ref", "parity_tests", "benchmarks", "__main__"}
-"""Top-level modules whose `raise ValueError` speaks to the user; a ValueError from anywhere else is a bug."""
-
-PATH_ERRORS = (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+USERS_MISTAKES = (
+    *(UserError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
+)
 
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
@@ -33,7 +31,7 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
     """The run that `argv` asks for: a preset, then flags over it, then a run folder that is still free.
 
-    `framework` is "jax" or "torch" and names the automatic folder. Raises `ValueError` or `FileExistsError` with one
+    `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
     line for any mistake, and touches nothing.
     """
     preset = get_preset(_last_value(argv, "--preset") or "tiny")
@@ -51,7 +49,7 @@ def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
 def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
     """An instance of the dataclass `kind` from flags over `default`; the help text is the fields' docstrings.
 
-    `--help` prints and exits 0. A mistake raises `ValueError` with one line instead of tyro's box.
+    `--help` prints and exits 0. A mistake raises `UserError` with one line instead of tyro's box.
     """
     if not {"-h", "--help"} & set(argv):
         _check_arguments(kind, argv, default)
@@ -69,7 +67,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_reason(stop) or _flatten(box.getvalue())) from None
+        raise UserError(_reason(stop) or _flatten(box.getvalue())) from None
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -79,47 +77,9 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if not is_users_mistake(error):
-            raise
+    except USERS_MISTAKES as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-
-
-def run_generate(make_generator: Callable[..., Any], *, program: str) -> NoReturn:
-    """The command line of a framework's `generate.py`; exits the process."""
-    from recipe import generation  # it reads weights, which `--help` of the other programs need not wait for
-
-    def main() -> None:
-        describe = "Generate text from a checkpoint."
-        command = parse(generation.GenerateCommand, sys.argv[1:], prog=program, description=describe)
-        generation.main(command, make_generator)
-
-    sys.exit(run(main))
-
-
-def is_users_mistake(error: BaseException) -> bool:
-    """Whether an error is the user's to mend: a path that is not as it must be, or a ValueError we raised on purpose.
-
-    On purpose means that the innermost frame is this project's and stands at a `raise`; a ValueError out of NumPy,
-    JAX or torch is a bug and deserves its traceback.
-    """
-    if isinstance(
-        error, FileExistsError | FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
-    ):
-        return True
-    frame = error.__traceback__
-    if not isinstance(error, ValueError) or frame is None:
-        return False
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    module = str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    return module in OUR_MODULES and _source_line(frame).startswith("raise ")
-
-
-def _source_line(frame: Any) -> str:
-    code = frame.tb_frame.f_code
-    return linecache.getline(code.co_filename, frame.tb_lineno, frame.tb_frame.f_globals).strip()
 
 
 def _run_folder(config: RunConfig, framework: str) -> Path:
@@ -171,7 +131,7 @@ def _leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
-    """Raise `ValueError` for an unknown flag, a missing value, or one that is not of its field's type."""
+    """Raise `UserError` for an unknown flag, a missing value, or one that is not of its field's type."""
     leaves = {name: (hint, value) for name, hint, value in _leaves(kind, default)}
     takes_positional = any(get_origin(hint) is Annotated for hint, _ in leaves.values())
     index, given = 0, set()
@@ -199,7 +159,7 @@ def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
         require(_parses(text, hint), f"{flag} {text} is not {_expected(hint)}; choose one{example}.")
     for name, (hint, value) in leaves.items():
         if value is dataclasses.MISSING and name not in given and get_origin(hint) is not Annotated:
-            raise ValueError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
+            raise UserError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
 
 
 def _nearest_flags(name: str, leaves: dict[str, Any]) -> str:
@@ -237,10 +197,10 @@ def _parses(text: str, hint: Any) -> bool:
 
 
 def _reason(stop: BaseException) -> str | None:
-    """The message of the `ValueError` of our own that tyro met while it built a dataclass and turned into an exit."""
+    """The message of the mistake that tyro met while it built a dataclass and turned into an exit."""
     error = stop.__cause__ or stop.__context__
     while error is not None:
-        if is_users_mistake(error):
+        if isinstance(error, USERS_MISTAKES):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

@@ -1,7 +1,7 @@
 """The whole configuration as frozen dataclasses, validated at birth; every field is a command-line flag.
 
 `ModelConfig` carries the field names of Hugging Face's `config.json` for Qwen3. A value a user got wrong raises
-`ValueError` with the value, the rule and the remedy.
+`UserError`, a ValueError with the value, the rule and the remedy.
 """
 
 import dataclasses
@@ -12,17 +12,22 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
+class UserError(ValueError):
+    """A mistake of the user's: the command line prints its one line and exits with 2. Any other ValueError is a bug."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `condition` holds; the message gives value, rule and remedy."""
+    """Raise `UserError(message)` unless `condition` holds; the message gives value, rule and remedy."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(
-            math.isfinite(value) and value > 0, f"{name}={value} must be a finite number above 0; choose e.g. 1 or more."
+            math.isfinite(value) and value > 0,
+            f"{name}={value} must be a finite number above 0; choose e.g. 1 or more.",
         )
 
 
@@ -104,10 +109,14 @@ class ModelConfig:
         n, k = self.num_attention_heads, self.num_key_value_heads
         choices = " or ".join(map(str, divisors(n)))
         require(n % k == 0, f"num_attention_heads={n} is not a multiple of num_key_value_heads={k}; choose {choices}.")
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even, because RoPE rotates pairs; choose an even number.")
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even, because RoPE rotates pairs; choose an even number.",
+        )
         window = self.sliding_window
         require(
-            window is None or window > 0, f"sliding_window={window} must be at least 1; leave it out for full attention."
+            window is None or window > 0,
+            f"sliding_window={window} must be at least 1; leave it out for full attention.",
         )
 
     def window_of_layer(self, layer: int) -> int | None:
@@ -171,9 +180,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _require_fraction(self, "warmup_fraction")
-        require(
-            0 <= self.final_factor <= 1, f"final_factor={self.final_factor} must lie in [0, 1]; choose e.g. 0.1."
-        )
+        require(0 <= self.final_factor <= 1, f"final_factor={self.final_factor} must lie in [0, 1]; choose e.g. 0.1.")
 
 
 @dataclass(frozen=True)
@@ -181,11 +188,12 @@ class DataConfig:
     """Where text comes from and how it becomes windows."""
 
     corpus: str = "shakespeare"
-    """shakespeare (38 plays, embedded), stdlib (Python's documentation), a file or folder of .txt, .md, .jsonl or .parquet, or hub:NAME[/SUBSET]."""
+    """shakespeare (38 embedded plays), stdlib (Python's documentation), a file or folder (.txt, .md, .jsonl, .parquet),
+    or hub:OWNER/NAME[/SUBSET]."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and Hub documents."""
     tokenizer: str = "bpe"
-    """bpe trains a byte-level BPE on the training documents; otherwise a tokenizer.json, a folder holding one, or a Hub name."""
+    """bpe trains a byte-level BPE on the training documents; else a tokenizer.json, a folder with one, a Hub name."""
     bpe_vocab_size: int = 8192
     """Vocabulary of the trained BPE."""
     max_documents: int | None = None
@@ -195,7 +203,7 @@ class DataConfig:
     max_tokens: int | None = None
     """Keep the first so many tokens."""
     split: Literal["documents", "leaking-windows"] = "documents"
-    """documents holds out whole documents; leaking-windows is the seed's stride-1 windows split at random, which overlap."""
+    """documents holds out whole documents; leaking-windows is the seed's: overlapping windows split at random."""
     validation_fraction: float = 0.05
     """Share of the documents (or windows) held out."""
     validation_tokens: int = 32_768
@@ -208,7 +216,7 @@ class DataConfig:
         _require_fraction(self, "validation_fraction")
         require(
             self.bpe_vocab_size >= 257,
-            f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (256 bytes and end-of-text); choose e.g. 8192.",
+            f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (the bytes and one); choose e.g. 8192.",
         )
         for name in ("max_documents", "max_characters", "max_tokens"):
             value = getattr(self, name)
@@ -228,7 +236,8 @@ class PrecisionConfig:
     matmul: Literal["default", "highest"] = "highest"
     """float32 products: highest is true float32; default lets a GPU use TF32."""
     attention: Literal["explicit", "fused"] = "explicit"
-    """explicit is this project's own code (query blocks); fused is the framework's kernel (cuDNN in JAX on a GPU, SDPA in torch)."""
+    """explicit is this project's code, in query blocks; fused is the framework's kernel: cuDNN in JAX on a GPU, SDPA in
+    torch."""
 
     def __post_init__(self) -> None:
         require(
@@ -278,12 +287,14 @@ class RunConfig:
         )
         _require_rate(self, "sample_tokens")
         require(
-            0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32), the width of a Threefry key word; choose e.g. 0."
+            0 <= self.seed < 2**32,
+            f"seed={self.seed} must lie in [0, 2**32), the width of a Threefry key word; choose e.g. 0.",
         )
         limit = self.model.max_position_embeddings
         require(
             self.sequence_length <= limit,
-            f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings={limit}; lower the one or raise the other.",
+            f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings={limit}; "
+            "lower the one or raise the other.",
         )
 
     @property

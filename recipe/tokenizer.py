@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from recipe.config import require
+from recipe.config import UserError, require
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call the end of a text, most specific first.
@@ -63,7 +63,7 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of these texts; end-of-text is token 0 and every byte has a token. The same texts, the same BPE."""
+    """A byte-level BPE of these texts: end-of-text is token 0, every byte has a token; deterministic."""
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -78,14 +78,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """A tokenizer.json, a folder that holds one, or a name on the Hugging Face Hub; ValueError if it is none of them."""
+    """A tokenizer.json, a folder that holds one, or a name on the Hugging Face Hub; UserError if it is none of them."""
     path = Path(source)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
             rust = RustTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file} is not a tokenizer.json ({error}); name one written by tokenizers.") from None
+            raise UserError(f"{file} is not a tokenizer.json ({error}); name one written by tokenizers.") from None
         folder = file.parent
     else:
         require(not path.exists(), f"{source} holds no tokenizer.json; name a folder that does, or the file itself.")
@@ -98,7 +98,7 @@ def _from_hub(name: str) -> RustTokenizer:
         return RustTokenizer.from_pretrained(name)
     except Exception as error:  # offline, unknown, private: the library raises bare Exception
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name} is neither a file nor reachable on the Hugging Face Hub ({reason}); "
             "pass --data.tokenizer bpe, or the path of a tokenizer.json."
         ) from None
@@ -114,7 +114,7 @@ def _eos_token(rust: RustTokenizer, folder: Path | None, source: str) -> str:
     for token in candidates:
         if token is not None and rust.token_to_id(token) is not None:
             return token
-    raise ValueError(f"tokenizer {source} has no end-of-text token (looked for {', '.join(END_NAMES)}); add one.")
+    raise UserError(f"tokenizer {source} has no end-of-text token (looked for {', '.join(END_NAMES)}); add one.")
 
 
 def library_version() -> str:

@@ -26,7 +26,7 @@ def write_run(folder: Path, *, framework: str = "jax", losses: dict[int, float] 
     """A whole run of 30 updates with round numbers: 2 s for the first, 0.5 s for each later one, 100 tokens each."""
     with RunLog(folder, CONFIG, framework=framework, environment={"device": "abacus"}) as log:
         log.header(["first line", "second line"])
-        log.log_baselines({"uniform": 9.0, "bigram": 5.0})
+        log.log_baselines({"uniform": 9.0, "bigram": 5.0}, bytes_per_token=3.0)
         for step in range(1, 31):
             loss = (losses or {}).get(step, 9.0 - step / 10)
             seconds = 2.0 if step == 1 else 0.5
@@ -53,7 +53,9 @@ def test_lines_without_a_terminal_and_none_of_a_bar(tmp_path, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == ""
-    assert lines[:3] == ["first line", "second line", "to beat: uniform 9.0000 | bigram 5.0000 nats/token"]
+    # 9 / ln 2 / 3 bytes per token = 4.328 bits per byte
+    beat = "to beat    uniform 9.000 nats/token = 4.328 bits/byte, bigram 5.000 nats/token = 2.404 bits/byte"
+    assert lines[:3] == ["first line", "second line", beat]
     steps = [line.split(" ")[1] for line in lines[3:] if "grad_norm" in line]
     assert steps == ["01/30", "05/30", "10/30", "15/30", "20/30", "25/30", "30/30"]
     assert len([line for line in lines if "val loss" in line]) == 3

@@ -1,4 +1,7 @@
-"""Text generation in torch; `python -m torch_ref.generate --checkpoint runs/NAME --prompt "..."`. Twin: `jax_impl/generate.py`."""
+"""Text generation in torch: `python -m torch_ref.generate --checkpoint runs/NAME --prompt "..."`.
+
+Twin: `jax_impl/generate.py`.
+"""
 
 import math
 import sys

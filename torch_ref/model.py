@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recipe.config import ModelConfig, PrecisionConfig
+from recipe.config import ModelConfig, PrecisionConfig, require
 from torch_ref import random
 
 # Queries per block of explicit attention: a block skips the keys none of its queries sees.
@@ -242,8 +242,7 @@ class Qwen3Model(nn.Module):
     def forward(self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None) -> torch.Tensor:
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
-        if limit < T:
-            raise ValueError(f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
+        require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
         to = dict(dtype=accumulator(self.dtype), device=tokens_BT.device)
         cos_TR, sin_TR = (torch.as_tensor(table, **to) for table in rope_table(self.config, T))
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
@@ -282,7 +281,5 @@ class Qwen3ForCausalLM(nn.Module):
     def evaluate(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the tokens' losses and number of tokens whose target had the largest logit."""
         x_BTD = self.model(inputs_BT)
-        losses_M, correct_M = token_losses(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1)
-        )
+        losses_M, correct_M = token_losses(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
         return losses_M.sum(), correct_M.sum()

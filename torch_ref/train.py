@@ -1,4 +1,7 @@
-"""Training in torch: one update is one method; the loop around it is `recipe/loop.py`. Twin: `jax_impl/train.py`."""
+"""Training in torch: one update is one function; the loop around it is `recipe/loop.py`.
+
+Twin: `jax_impl/train.py`.
+"""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,0 +1,192 @@
+"""The benchmark harness: a small run from end to end, what it refuses, and its arithmetic by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import job, machine, report
+from benchmarks.throughput import FOREIGN_CORES, REPEATS, Meter, ThroughputConfig
+from recipe.params import newton_schulz_flops, train_flops_per_token
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "batch_size": 2,
+    "sequence_length": 8,
+    "accumulation": 2,
+    "overrides": json.dumps({"model": {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 97}}),
+}
+
+
+def resolve(**changes):
+    precision = {"compute": "float32", "newton_schulz": "float32", "matmul": "highest", "attention": "fused"}
+    return job.resolve("tiny", **{**SMALL, "dropout": 0.0, "seed": 0, **precision, **changes})
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The small benchmark as a user starts it, on one thread whatever this test runs under."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "OMP_NUM_THREADS")}
+    flags = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+    flags += ["--threads", "1", "--rounds", "2", "--warmup", "1", "--round_seconds", "0", *arguments]
+    command = [sys.executable, "-m", "benchmarks.throughput", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept | environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "small"
+    done = bench("--modes", "jax,torch-eager", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_a_small_run_writes_rows_that_agree_and_add_up(finished):
+    done, out = finished
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["mode"] for row in rows] == ["jax", "torch-eager"]
+    jax_row, torch_row = rows
+    for key in job.MUST_AGREE:
+        assert jax_row["contract"][key] == torch_row["contract"][key]
+    assert jax_row["contract"]["threads"] == 1 and jax_row["contract"]["float32_products"] == "float32"
+    assert abs(jax_row["first_loss"] - torch_row["first_loss"]) <= jax_row["first_update_allowances"]["loss"]
+    assert torch_row["speed_against_baseline"]["median"] == 1.0
+    paired = [theirs / ours for ours, theirs in zip(jax_row["seconds"], torch_row["seconds"], strict=True)]
+    assert jax_row["speed_against_baseline"]["max"] == max(paired)
+    for row in rows:
+        assert len(row["seconds"]) == len(row["foreign_cores"]) == 2
+        assert row["tokens_per_second"] == 2 * 2 * 8 / row["seconds_per_update"]["median"]
+        assert 0 < row["mfu"] < 1.5
+        # Fresh weights know nothing: the loss is near ln 97, and never infinite or zero.
+        assert 4 < row["first_loss"] < 6
+        assert row["first_update_seconds"] > 0 and report.peak_bytes(row) > 2**20
+        assert {"git_commit", "versions", "cpu", "command", "date", "flop_formula"} <= row.keys()
+    table = out.with_suffix(".md").read_text()
+    assert table in done.stdout + "\n" and "| jax |" in table and "| torch-eager |" in table
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_never_overwritten(finished):
+    _, out = finished
+    with pytest.raises(FileExistsError, match=r"never overwritten; choose another --out"):
+        report.check_free(str(out))
+
+
+def test_workers_with_different_thread_counts_are_refused(tmp_path):
+    done = bench("--modes", "jax,torch-eager", "--out", str(tmp_path / "x"), OMP_NUM_THREADS="2")
+    assert done.returncode == 2
+    assert "threads is 1 in jax, 2 in torch-eager" in done.stderr and "Nothing was timed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", job.MUST_AGREE)
+def test_a_contract_that_differs_in_one_key_is_refused(key):
+    contract = dict.fromkeys(job.MUST_AGREE, "same")
+    job.check_contracts({"jax": contract, "hf": contract | {"attention": "recorded only"}})
+    with pytest.raises(ValueError, match=f"{key} is same in jax, other in hf"):
+        job.check_contracts({"jax": contract, "hf": contract | {key: "other"}})
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("dtype", job.UNIT_ROUNDOFF)
+def test_first_updates_agree_up_to_the_allowance_and_no_further(key, dtype):
+    config = resolve(compute=dtype)
+    allowed = job.first_update_allowances(config)[key]
+    first = {"loss": 4.0, "grad_norm": 1.0}
+    job.check_first_updates(config, {"jax": first, "hf": first | {key: first[key] + allowed / 2}})
+    for wrong in (first[key] + 2 * allowed, float("nan")):
+        with pytest.raises(ValueError, match=f"first update's {key} is"):
+            job.check_first_updates(config, {"jax": first, "hf": first | {key: wrong}})
+
+
+def test_the_allowance_scales_with_the_round_off():
+    wide, narrow = (job.rounding_error(resolve(compute=dtype)) for dtype in ("float32", "bfloat16"))
+    # In bfloat16 the 16 stored values of one block and the head are all that counts: u sqrt(16).
+    assert narrow == pytest.approx(4 * 2**-8)
+    assert wide < narrow / 2**8
+
+
+def test_flops_by_hand():
+    config = resolve()
+    assert (config.model.num_attention_heads, config.model.head_dim, config.model.intermediate_size) == (6, 32, 512)
+    # q 192 x 32, k and v 64 x 32, o 32 x 192, three of 512 x 32, the head 97 x 32; keys seen: mean of 1..8.
+    weights = 192 * 32 + 2 * 64 * 32 + 32 * 192 + 3 * 512 * 32 + 97 * 32
+    per_token = 6 * weights + 12 * 6 * 32 * 4.5
+    assert train_flops_per_token(config.model, 8) == per_token
+    newton_schulz = sum(5 * (4 * 32 * 32 * m + 2 * 32**3) for m in (192, 64, 64, 192, 512, 512, 512))
+    assert newton_schulz_flops(config.model) == newton_schulz
+    assert job.flops_per_update(config) == 32 * per_token + newton_schulz
+
+
+def test_statistics_by_hand():
+    row = report.summarise(
+        "jax", seconds=[1.0, 2.0, 4.0], baseline_seconds=[2.0, 2.0, 2.0], flops=30.0, tokens=8, ceiling=60.0
+    )
+    assert row["seconds_per_update"] == {"median": 2.0, "min": 1.0, "max": 4.0, "mad": 1.0}
+    assert row["speed_against_baseline"] == {"median": 1.0, "min": 0.5, "max": 2.0, "mad": 0.5}
+    assert (row["tokens_per_second"], row["mfu"]) == (4.0, 0.25)
+
+
+def test_batches_are_a_pure_function_of_seed_and_index():
+    config = resolve()
+    prints = [job.fingerprint(dict(zip("xy", job.make_batch(config, index), strict=True))) for index in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    inputs, targets = job.make_batch(config, 0)
+    assert inputs.shape == (2, 2, 8) and (inputs[..., 1:] == targets[..., :-1]).all()
+
+
+class FakeWorker:
+    """A worker whose measurement takes a second of its own CPU while others use the given cores."""
+
+    mode = "fake"
+
+    def __init__(self, monkeypatch, foreign: list[float]) -> None:
+        self.foreign, self.clock = iter(foreign), 0.0
+        monkeypatch.setattr(machine, "busy_seconds", lambda cpus: self.clock)
+
+    def ask(self, do: str, updates: int) -> dict:
+        self.clock += 1.0 + next(self.foreign) + machine.TICK
+        return {"seconds": 1.0, "cpu_seconds": 1.0}
+
+
+def test_a_disturbed_measurement_is_repeated_and_the_quietest_kept(monkeypatch):
+    meter = Meter([0], guard=True, strict=False)
+    assert meter.quietest(FakeWorker(monkeypatch, [0.9, 0.05, 0.0]), 1)["foreign"] == pytest.approx(0.05)
+    always = meter.quietest(FakeWorker(monkeypatch, [0.9, 0.5, 0.8, 0.7]), 1)
+    assert meter.noisy(always) and always["foreign"] == pytest.approx(0.5)
+    strict = Meter([0], guard=True, strict=True)
+    with pytest.raises(ValueError, match=rf"in {1 + REPEATS} measurements, above {FOREIGN_CORES}"):
+        strict.quietest(FakeWorker(monkeypatch, [0.9] * 4), 1)
+    assert not Meter([0], guard=False, strict=True).noisy(always)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modes": "jax,tensorflow"}, "--modes tensorflow is unknown"),
+        ({"modes": "jax,jax"}, "names a mode twice"),
+        ({"rounds": 0}, "--rounds 0 must be at least 1"),
+        ({"warmup": 0}, "--warmup 0 must be at least 1"),
+        ({"round_seconds": -1.0}, "--round-seconds -1.0 must be at least 0"),
+        ({"threads": -1}, "--threads -1 must be at least 0"),
+        ({"modes": "jax,hf", "dropout": 0.1}, "--dropout 0.1 excludes mode hf"),
+    ],
+)
+def test_bad_options_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ThroughputConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"model": {"width": 3}}', "has no field model"),
+        ('{"modle": {}}', "has no field 'modle'"),
+    ],
+)
+def test_bad_overrides_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(overrides=overrides)
