@@ -14,42 +14,10 @@ from recipe.checkpoint import load_folder
 from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    "--steps",
-    "6",
-    "--eval_every",
-    "3",
-    "--log_every",
-    "1",
-    "--accumulation",
-    "2",
-    "--batch_size",
-    "2",
-    "--sequence_length",
-    "16",
-    "--sample_tokens",
-    "5",
-    "--model.hidden_size",
-    "24",
-    "--model.intermediate_size",
-    "20",
-    "--model.num_hidden_layers",
-    "2",
-    "--model.num_attention_heads",
-    "4",
-    "--model.num_key_value_heads",
-    "2",
-    "--model.head_dim",
-    "6",
-    "--model.vocab_size",
-    "384",
-    "--model.dropout",
-    "0.1",
-    "--data.bpe_vocab_size",
-    "384",
-    "--data.validation_tokens",
-    "64",
-]
+SMALL = """--steps 6 --eval_every 3 --log_every 1 --accumulation 2 --batch_size 2 --sequence_length 16 --sample_tokens 5
+--model.hidden_size 24 --model.intermediate_size 20 --model.num_hidden_layers 2 --model.num_attention_heads 4
+--model.num_key_value_heads 2 --model.head_dim 6 --model.vocab_size 384 --model.dropout 0.1
+--data.bpe_vocab_size 384 --data.validation_tokens 64""".split()
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -63,25 +31,7 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "the",
-        "lazy",
-        "dog",
-        "and",
-        "runs",
-        "away",
-        "into",
-        "the",
-        "dark",
-        "green",
-        "forest",
-    ]
+    words = "the quick brown fox jumps over the lazy dog and runs away into the dark green forest".split()
     generator = np.random.default_rng(0)
     corpus = folder / "corpus"
     corpus.mkdir()
