@@ -53,7 +53,7 @@ train: $(VENV)/.installed-base
 	$(BIN)/python train_jax.py --preset tiny $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

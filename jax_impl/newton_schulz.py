@@ -9,7 +9,7 @@ import jax.numpy as jnp
 KELLER_JORDAN_COEFFS = (3.4445, -4.7750, 2.0315)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "coeffs", "eps", "dtype"))
+@functools.partial(jax.jit, static_argnames=("steps", "coeffs", "dtype"))
 def orthogonalize_via_newton_schulz(
     x_OI: jax.Array,
     *,

@@ -294,7 +294,20 @@ MUTANTS = (
         'if True else ("embedding", "head")',
         HYBRID,
     ),
-    Mutant("AdamW's beta2 0.99", MUON, "b2=adamw_config.beta2", "b2=adamw_config.beta2 - 0.009", HYBRID),
+    Mutant(
+        "AdamW's beta2 0.99",
+        MUON,
+        "adamw_config.beta2, adamw_config.eps)",
+        "adamw_config.beta2 - 0.009, adamw_config.eps)",
+        HYBRID,
+    ),
+    Mutant(
+        "AdamW's bias correction by subtraction in float32",
+        MUON,
+        "(-jnp.expm1(count.astype(v.dtype) * log) for log in logs)",
+        "(1.0 - jnp.exp(count.astype(v.dtype) * log) for log in logs)",
+        TRAINING,
+    ),
     Mutant(
         "learning rate 0.1 % too high",
         MUON,

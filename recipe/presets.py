@@ -24,6 +24,8 @@ def tiny() -> RunConfig:
         ),
         muon=MuonConfig(learning_rate=0.02),
         adamw=AdamWConfig(learning_rate=0.004),
+        # Many CPUs have no bfloat16 units, and emulating them is slower than float32.
+        precision=PrecisionConfig(newton_schulz="float32"),
     )
 
 

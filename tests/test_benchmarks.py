@@ -122,10 +122,10 @@ def test_flops_by_hand():
 
 def test_statistics_by_hand():
     row = report.summarise(
-        "jax", seconds=[1.0, 2.0, 4.0], baseline_seconds=[2.0, 2.0, 2.0], flops=30.0, tokens=8, ceiling=60.0
+        "jax", seconds=[1.0, 2.0, 4.0], baseline_seconds=[2.0, 2.0, 3.0], flops=30.0, tokens=8, ceiling=60.0
     )
     assert row["seconds_per_update"] == {"median": 2.0, "min": 1.0, "max": 4.0, "mad": 1.0}
-    assert row["speed_against_baseline"] == {"median": 1.0, "min": 0.5, "max": 2.0, "mad": 0.5}
+    assert row["speed_against_baseline"] == {"median": 1.0, "min": 0.75, "max": 2.0, "mad": 0.25}
     assert (row["tokens_per_second"], row["mfu"]) == (4.0, 0.25)
 
 

@@ -121,7 +121,9 @@ class MuonWithAdamW:
 
 def clip_by_global_norm(grads: list[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Clip gradients in place and return their norm before: scaled by min(1, max_norm / (norm + 1e-6))."""
-    norm = torch.nn.utils.get_total_norm(grads)
+    # In float64 whatever the gradients: torch's float32 norm of a large matrix on a CPU is off by up to 2e-4.
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+    norm = torch.linalg.vector_norm(norms).to(grads[0].dtype)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(factor)

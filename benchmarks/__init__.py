@@ -1,0 +1,1 @@
+"""Timing of both implementations side by side; see README.md."""

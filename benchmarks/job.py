@@ -1,0 +1,153 @@
+"""The job every worker gets, and what all of them must agree on before their times may stand in one table.
+
+Imports no framework. Weights come from `recipe.params.init_params`, batches from `make_batch`; a worker reports the
+fingerprints of what actually arrived in its framework.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from recipe.config import RunConfig, from_dict, require, to_dict
+from recipe.params import newton_schulz_flops, param_counts, train_flops_per_token
+from recipe.presets import get_preset
+
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+MUST_AGREE = (
+    *("backend", "threads", "params_dtype", "compute_dtype", "newton_schulz_dtype", "float32_products"),
+    *("dropout", "tokens_per_update", "weights", "batches"),
+)
+"""Keys of a worker's contract that must be the same in all workers; the others are recorded only."""
+
+FLOP_FORMULA = (
+    "FLOPs of an update = tokens * (6 * weights of all matrix products, head included + "
+    "12 * layers * heads * head_dim * mean keys a query sees, causal half only) + "
+    "Newton-Schulz steps * sum over matrices n x m, n <= m, of (4 n^2 m + 2 n^3); a multiply-add counts 2"
+)
+
+# Values stored in the compute dtype one after another along a block: norm, projection, QK-norm, RoPE, probabilities,
+# weighted values, output projection, residual sum; norm, gate, SiLU, product, down projection, residual sum.
+STORED_PER_BLOCK = 14
+
+
+def resolve(
+    preset: str,
+    *,
+    batch_size: int | None,
+    sequence_length: int | None,
+    accumulation: int | None,
+    overrides: str,
+    **rest,
+) -> RunConfig:
+    """The preset with the benchmark's settings over it; `rest` holds dropout, seed and the precision's fields."""
+    values = to_dict(get_preset(preset))
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "accumulation": accumulation}
+    values |= {name: size for name, size in sizes.items() if size is not None} | {"seed": rest["seed"], "out": ""}
+    values["model"]["dropout"] = rest["dropout"]
+    values["precision"] = {
+        "params": "float32",
+        **{name: rest[name] for name in ("compute", "newton_schulz", "matmul", "attention")},
+    }
+    try:
+        extra = json.loads(overrides or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--overrides {overrides} is not JSON ({error}); write e.g. {_EXAMPLE}.") from None
+    for name, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            unknown = sorted(value.keys() - values[name].keys())
+            require(not unknown, f"--overrides has no field {name}.{unknown[:1]}; write e.g. {_EXAMPLE}.")
+            values[name] |= value
+        else:
+            require(name in values, f"--overrides has no field {name!r}; write e.g. {_EXAMPLE}.")
+            values[name] = value
+    return from_dict(values)
+
+
+_EXAMPLE = """'{"model": {"num_hidden_layers": 1}}'"""
+
+
+def make_batch(config: RunConfig, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (A, B, T), int32: random tokens, a pure function of the seed and the index."""
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+    shape = (config.accumulation, config.batch_size, config.sequence_length + 1)
+    tokens = generator.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    return np.ascontiguousarray(tokens[..., :-1]), np.ascontiguousarray(tokens[..., 1:])
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """CRC-32 over names, shapes, dtypes and bytes, in the order of the names."""
+    crc = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        crc = zlib.crc32(f"{name} {array.shape} {array.dtype}".encode(), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
+
+
+def flops_per_update(config: RunConfig) -> float:
+    """Operations of one update as `FLOP_FORMULA` states; elementwise work and recomputation count nothing."""
+    per_token = train_flops_per_token(config.model, config.sequence_length)
+    return config.tokens_per_step * per_token + newton_schulz_flops(config.model, config.muon.ns_steps)
+
+
+def check_contracts(contracts: Mapping[str, Mapping]) -> None:
+    """Raise ValueError naming every key of `MUST_AGREE` on which the modes differ."""
+    differences = []
+    for key in MUST_AGREE:
+        values = {mode: contract[key] for mode, contract in contracts.items()}
+        if len(set(values.values())) > 1:
+            differences.append(f"{key} is " + ", ".join(f"{value} in {mode}" for mode, value in values.items()))
+    require(
+        not differences,
+        "these workers do not compute the same thing: " + "; ".join(differences) + ". Nothing was timed; make them "
+        "agree (threads: --threads, OMP_NUM_THREADS, XLA_FLAGS) or drop a mode.",
+    )
+
+
+def rounding_error(config: RunConfig) -> float:
+    """Expected relative error of the last hidden state in the compute dtype, roundings taken as independent.
+
+    Each stored value adds u^2 to the variance, each sum of K products K/2 times the square of float32's u (K partial
+    sums, the k-th of size sqrt(k), against a result of size sqrt(K)).
+    """
+    model = config.model
+    heads = model.num_attention_heads * model.head_dim
+    sums = 2 * model.hidden_size + model.head_dim + config.sequence_length + heads + model.intermediate_size
+    stored, added = UNIT_ROUNDOFF[config.precision.compute] ** 2, UNIT_ROUNDOFF["float32"] ** 2 / 2
+    block = STORED_PER_BLOCK * stored + sums * added
+    return math.sqrt(model.num_hidden_layers * block + 2 * stored + model.hidden_size * added)
+
+
+def first_update_allowances(config: RunConfig) -> dict[str, float]:
+    """How far two correct sides may differ: the first loss, absolute in nats, and its gradient's norm, relative.
+
+    Loss: its derivatives by a token's logits sum to at most 2 in size, the logits of fresh weights have deviation
+    sqrt(D) * initializer_range, and the float32 sums over V and over the tokens add their own part; no credit is
+    taken for averaging over tokens. Gradient: three products for each of the forward pass, and the norm's own sum of
+    P squares in float32, whose k-th partial sum is k/P of the whole: u sqrt(P/3), halved by the root. Twice, for two
+    sides.
+    """
+    model, error, unit = config.model, rounding_error(config), UNIT_ROUNDOFF["float32"]
+    logits = math.sqrt(model.hidden_size) * model.initializer_range
+    sums = math.sqrt(model.vocab_size) + math.sqrt(config.tokens_per_step) * math.log(model.vocab_size)
+    norm = math.sqrt(3) * error + unit * math.sqrt(param_counts(model).total / 3) / 2
+    return {"loss": 2 * (2 * logits * error + unit * sums), "grad_norm": 2 * norm}
+
+
+def check_first_updates(config: RunConfig, firsts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest differences of loss and gradient norm; raise ValueError if one exceeds its allowance."""
+    losses, norms = (np.array([first[key] for first in firsts.values()]) for key in ("loss", "grad_norm"))
+    # NumPy's extremes hand a nan on, Python's may lose it.
+    differences = {"loss": float(losses.max() - losses.min()), "grad_norm": float(norms.max() / norms.min() - 1)}
+    for key, allowed in first_update_allowances(config).items():
+        values = ", ".join(f"{first[key]:.9g} in {mode}" for mode, first in firsts.items())
+        require(
+            bool(differences[key] <= allowed),  # false for nan
+            f"these workers do not compute the same thing: the first update's {key} is {values}, a difference of "
+            f"{differences[key]:.3g} where rounding explains {allowed:.3g}. Nothing was compared; mend one side.",
+        )
+    return differences

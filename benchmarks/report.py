@@ -1,0 +1,200 @@
+"""Results on paper: the statistics of a row, JSON lines, a Markdown table and a bar chart.
+
+`python -m benchmarks.report A.jsonl B.jsonl --out NAME` puts several results into one table and one picture.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe.cli import parse, run
+from recipe.config import require
+
+COLOURS = {
+    "jax": "#0072b2",
+    "torch-eager": "#e69f00",
+    "torch-compile": "#d55e00",
+    "torch-compile-max": "#cc79a7",
+    "hf": "#7f7f7f",
+}
+"""One colour per mode in every picture, told apart by colour-blind readers too (Okabe and Ito's palette)."""
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, minimum, maximum and median absolute deviation."""
+    median = statistics.median(values)
+    mad = statistics.median(abs(value - median) for value in values)
+    return {"median": median, "min": min(values), "max": max(values), "mad": mad}
+
+
+def summarise(
+    mode: str,
+    *,
+    seconds: Sequence[float],
+    baseline_seconds: Sequence[float],
+    flops: float,
+    tokens: int,
+    ceiling: float,
+) -> dict[str, Any]:
+    """Statistics of one mode from the seconds per update of each round; ratios are taken within a round."""
+    times = spread(seconds)
+    ratios = [theirs / ours for ours, theirs in zip(seconds, baseline_seconds, strict=True)]
+    return {
+        "mode": mode,
+        "seconds": list(seconds),
+        "seconds_per_update": times,
+        "tokens_per_second": tokens / times["median"],
+        "speed_against_baseline": spread(ratios),
+        "mfu": flops / times["median"] / ceiling,
+    }
+
+
+def _files(out: str) -> list[Path]:
+    return [Path(f"{out}.{ending}") for ending in ("jsonl", "md", "png")]
+
+
+def check_free(out: str) -> None:
+    """Raise FileExistsError if results of this name exist."""
+    for path in _files(out) if out else []:
+        if path.exists():
+            raise FileExistsError(f"{path} exists, and results are never overwritten; choose another --out.")
+
+
+def write(rows: list[dict[str, Any]], out: str) -> list[Path]:
+    """Write OUT.jsonl, OUT.md and OUT.png; returns their paths."""
+    check_free(out)
+    lines, table, picture = _files(out)
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    table.write_text(markdown(rows), encoding="utf-8")
+    plot(rows, picture)
+    return [lines, table, picture]
+
+
+def device(row: dict[str, Any]) -> str:
+    """The GPU's name, or the CPU's with the cores in use."""
+    name = row["environment"]["device"]
+    return f"{row['cpu']}, {row['cores']} in use" if row["contract"]["backend"] == "cpu" else name
+
+
+def title(row: dict[str, Any]) -> str:
+    """What was run: preset, shape, dtype."""
+    config = row["config"]
+    shape = f"{config['accumulation']} x {config['batch_size']} x {config['sequence_length']}"
+    dtypes = f"{row['dtype']}, Newton-Schulz {config['precision']['newton_schulz']}"
+    return f"{row['preset']}, {shape} tokens per update, {dtypes}, dropout {config['model']['dropout']:g}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One table per benchmark: what was run and where, then a line per mode."""
+    text = []
+    for command in dict.fromkeys((row["command"], row["date"]) for row in rows):
+        group = [row for row in rows if (row["command"], row["date"]) == command]
+        first = group[0]
+        versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "torch", "transformers"))
+        differences, allowed = first["first_update_differences"], first["first_update_allowances"]
+        text += [
+            f"### {title(first)}",
+            "",
+            f"`{first['command']}`",
+            "",
+            f"{device(first)}; {versions}; commit {first['git_commit']}; {first['date']}.",
+            f"Matrix-product ceiling {first['ceiling_flops_per_second'] / 1e9:.1f} GFLOP/s; "
+            f"{first['flops_per_update'] / 1e9:.1f} GFLOP per update; {len(first['seconds'])} rounds of "
+            f"{first['updates_per_measurement']} updates. First losses differ by {differences['loss']:.1e} nats "
+            f"(rounding explains {allowed['loss']:.1e}), gradient norms by {differences['grad_norm']:.1e} "
+            f"({allowed['grad_norm']:.1e}).",
+            "",
+            f"| mode | ms per update, median (min–max, MAD) | tokens/s | x {first['baseline']} (min–max) | MFU "
+            "| first update, s | peak memory, MiB | noise |",
+            "|---|--:|--:|--:|--:|--:|--:|---|",
+            *(_line(row) for row in group),
+            "",
+        ]
+    return "\n".join(text)
+
+
+def peak_bytes(row: dict[str, Any]) -> int:
+    """Device memory on a GPU; on a CPU the largest resident set of the whole life, compilation included."""
+    peaks = [row["memory"]["to_first"], row["memory"]["steady"]]
+    on_device = [peak["peak_device"] for peak in peaks if peak["peak_device"] is not None]
+    return max(on_device or [peak["peak_rss"] for peak in peaks])
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = {name: 1e3 * value for name, value in row["seconds_per_update"].items()}
+    ratio = row["speed_against_baseline"]
+    steady = row["memory"]["steady"]["peak_rss"] / 2**20
+    memory = f"{peak_bytes(row) / 2**20:,.0f}"
+    if row["contract"]["backend"] == "cpu" and row["memory"]["reset"]:
+        memory += f" ({steady:,.0f} once compiled)"
+    foreign = max(row["foreign_cores"])
+    return (
+        f"| {row['mode']} | {times['median']:,.1f} ({times['min']:,.1f}–{times['max']:,.1f}, {times['mad']:,.1f}) "
+        f"| {row['tokens_per_second']:,.0f} | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
+        f"| {row['mfu']:.1%} | {row['first_update_seconds']:.1f} | {memory} "
+        f"| {'**noisy**, ' if row['noisy'] else ''}others used up to {foreign:.2f} cores |"
+    )
+
+
+def plot(rows: list[dict[str, Any]], png: Path) -> None:
+    """Bars of tokens per second, whiskers from the slowest to the fastest round, one group per benchmark."""
+    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
+
+    groups = list(dict.fromkeys((row["date"], row["command"]) for row in rows))
+    figure = Figure(figsize=(9, 1.3 + 0.34 * len(rows) + 0.5 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    position, ticks, labels = 0.0, [], []
+    for group in groups:
+        members = [row for row in rows if (row["date"], row["command"]) == group]
+        axes.text(0, position, title(members[0]), va="center", fontsize=8)
+        for row in members:
+            position += 1
+            rate, tokens, times = row["tokens_per_second"], row["tokens_per_update"], row["seconds_per_update"]
+            whiskers = [[rate - tokens / times["max"]], [tokens / times["min"] - rate]]
+            axes.barh(position, rate, xerr=whiskers, capsize=3, color=COLOURS[row["mode"]], height=0.75)
+            label = f"{rate:,.0f}   {row['speed_against_baseline']['median']:.2f} x {row['baseline']}"
+            label += f"   MFU {row['mfu']:.0%}" + ("   noisy" if row["noisy"] else "")
+            axes.text(tokens / times["min"], position, "   " + label, va="center", fontsize=8)
+            ticks.append(position)
+            labels.append(row["mode"])
+        position += 1.4
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(position - 0.8, -0.7)  # downwards, with room for the first group's heading
+    fastest = max(row["tokens_per_update"] / row["seconds_per_update"]["min"] for row in rows)
+    axes.set_xlim(0, 1.45 * fastest)
+    axes.set_xlabel("training tokens per second: median round, whiskers slowest to fastest")
+    axes.spines[["top", "right"]].set_visible(False)
+    devices = "; ".join(dict.fromkeys(device(row) for row in rows))
+    axes.set_title(
+        f"{devices}\ncommit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}", fontsize=9, loc="left"
+    )
+    figure.savefig(png, dpi=150)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which results to put together."""
+
+    results: tuple[str, ...]
+    """JSON lines files of `benchmarks.throughput`."""
+    out: str
+    """Writes OUT.jsonl, OUT.md and OUT.png."""
+
+
+def main() -> None:
+    """Read the files, print one table, write table and picture."""
+    describe = "Put several results into one table and one picture."
+    options = parse(ReportConfig, sys.argv[1:], prog="benchmarks.report", description=describe)
+    rows = [json.loads(line) for name in options.results for line in Path(name).read_text().splitlines()]
+    require(bool(rows), "the files given hold no rows; name the .jsonl files that benchmarks.throughput wrote.")
+    print(markdown(rows))
+    write(rows, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,105 @@
+"""The loop of a worker process: one JSON line in, one JSON line out. Imports no framework."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from benchmarks import machine
+from benchmarks.job import fingerprint, make_batch
+from recipe.config import RunConfig, from_dict
+from recipe.params import init_params
+
+# Batches are made before the clock starts and used in turn.
+BATCHES = 4
+# Side lengths of the square products whose best rate is the ceiling, by backend.
+CEILING_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
+CEILING_REPEATS = 7
+PROBE = 1.0 + 2.0**-13
+"""A float32 that TF32, with its 10 bits of fraction, rounds to 1."""
+
+
+class Side(Protocol):
+    """One implementation under measurement."""
+
+    def describe(self) -> dict[str, Any]:
+        """`contract` (see `job.MUST_AGREE`; weights and batches are added by the worker) and `environment`."""
+
+    def weights(self) -> dict:
+        """The present parameters in NumPy, by Hugging Face name."""
+
+    def received(self, tokens):
+        """Tokens as they lie on the device, brought back to NumPy."""
+
+    def update(self, inputs_ABT, targets_ABT) -> dict[str, Any]:
+        """Start one update and return its metrics, finished or not."""
+
+    def synchronize(self, metrics: dict[str, Any]) -> None:
+        """Wait until all updates and these metrics are finished."""
+
+    def square_product(self, size: int) -> Callable[[int], None]:
+        """A function that computes so many (size, size) products in the compute dtype and waits for them."""
+
+    def device_peak_bytes(self) -> int | None:
+        """Largest device memory in use so far; None on a CPU."""
+
+
+def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
+    """Read the job and then commands from stdin until it closes; stdout carries replies alone, prints go to stderr."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def reply(answer: dict) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    job = json.loads(sys.stdin.readline())
+    config = from_dict(job["config"])
+    started = time.perf_counter()
+    side = make_side(config, job["mode"], init_params(config.model, config.seed))
+    batches = [make_batch(config, index) for index in range(BATCHES)]
+    description = side.describe()
+    arrived = {f"{i}.{j}": side.received(array) for i, batch in enumerate(batches) for j, array in enumerate(batch)}
+    description["contract"] |= {
+        "tokens_per_update": config.tokens_per_step,
+        "weights": fingerprint(side.weights()),
+        "batches": fingerprint(arrived),
+    }
+    reply(description | {"setup_seconds": time.perf_counter() - started})
+
+    commands = {
+        "run": lambda command: _run(side, batches, command["updates"]),
+        "ceiling": lambda _: _ceiling(side, description["contract"]["backend"]),
+        "memory": lambda _: {"peak_rss": machine.peak_memory_bytes(), "peak_device": side.device_peak_bytes()},
+        "reset_memory": lambda _: {"done": machine.reset_peak_memory()},
+    }
+    for line in sys.stdin:
+        command = json.loads(line)
+        reply(commands[command["do"]](command))
+
+
+def _run(side: Side, batches: list, updates: int) -> dict[str, float]:
+    """Time so many updates, the last one finished before the clock stops."""
+    cpu, start = time.process_time(), time.perf_counter()
+    for index in range(updates):
+        metrics = side.update(*batches[index % len(batches)])
+    side.synchronize(metrics)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "skipped")}
+    return {"seconds": seconds, "cpu_seconds": cpu, **values}
+
+
+def _ceiling(side: Side, backend: str) -> dict[str, float]:
+    """Best rate of a square matrix product, FLOP/s; a best and not a median, as it stands for a limit."""
+    best = 0.0
+    for size in CEILING_SIZES[backend]:
+        product = side.square_product(size)
+        count = 1 if backend == "cpu" else 10
+        product(count)
+        for _ in range(CEILING_REPEATS):
+            start = time.perf_counter()
+            product(count)
+            best = max(best, 2.0 * size**3 * count / (time.perf_counter() - start))
+    return {"flops_per_second": best}

@@ -1,0 +1,99 @@
+"""Both sides draw the same random bits: jax.random's Threefry, bit for bit."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_impl import random as jax_random
+from torch_ref import random as torch_random
+
+# The first is a scalar, the last two have more than 2**16 elements.
+SHAPES = [(), (1,), (7,), (3, 5, 2), (257, 259), (2, 3, 11, 1009)]
+SEEDS = [0, 1, 42, 2**31, 2**32 - 1]
+PATHS = [(), (0,), (1, 2), (2**32 - 1, 0, 7), (3, 1, 4, 1, 5, 9)]
+
+
+def keys(seed: int, *path: int):
+    return jax_random.fold_in(jax_random.key(seed), *path), torch_random.fold_in(torch_random.key(seed), *path)
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "expected"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_the_authors_known_answers(key, counter, expected):
+    # The vectors of Random123's kat_vectors for threefry2x32 with 20 rounds.
+    assert torch_random.threefry_2x32(key, *counter) == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_keys_and_fold_in_chains_are_the_same_words(seed):
+    for path in PATHS:
+        jax_key, torch_key = keys(seed, *path)
+        assert tuple(jax.random.key_data(jax_key).tolist()) == torch_key
+        folded = jax.random.key(seed, impl="threefry2x32")
+        for word in path:
+            folded = jax.random.fold_in(folded, word)
+        assert tuple(jax.random.key_data(folded).tolist()) == torch_key
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_are_equal(shape):
+    jax_key, torch_key = keys(42, 3, 1)
+    bits = torch_random.bits(torch_key, shape).numpy()
+    assert bits.shape == shape
+    assert (np.asarray(jax_random.bits(jax_key, shape)) == bits).all()
+    assert (np.asarray(jax.random.bits(jax_key, shape, np.uint32)) == bits).all()
+
+
+def test_bits_do_not_depend_on_x64_or_jit():
+    jax_key, torch_key = keys(7)
+    bits = torch_random.bits(torch_key, (1000,)).numpy()
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            key, _ = keys(7)
+            assert (np.asarray(jax.jit(lambda key: jax_random.bits(key, (1000,)))(key)) == bits).all()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_keep_masks_are_equal_and_compare_whole_words(rate):
+    jax_key, torch_key = keys(1, 2)
+    shape = (257, 259)
+    mask = torch_random.keep_mask(torch_key, shape, rate).numpy()
+    assert mask.dtype == bool
+    assert (np.asarray(jax_random.keep_mask(jax_key, shape, rate)) == mask).all()
+    assert (mask == (torch_random.bits(torch_key, shape).numpy() / 2**32 >= round(rate * 2**32) / 2**32)).all()
+    if rate == 0.0:
+        assert mask.all()
+
+
+def test_uniform_is_equal_bit_for_bit_and_open():
+    jax_key, torch_key = keys(3)
+    shape = (257, 1031)
+    ours, theirs = torch_random.uniform(torch_key, shape).numpy(), np.asarray(jax_random.uniform(jax_key, shape))
+    assert ours.dtype == theirs.dtype == np.float32
+    assert (ours.view(np.uint32) == theirs.view(np.uint32)).all()
+    assert 0.0 < ours.min() < 2.0**-16 and 1.0 - 2.0**-16 < ours.max() < 1.0
+
+
+def test_gumbel_is_within_two_ulp_of_the_exact_value():
+    # One ulp for each of the two logarithms. The outer one turns the inner one's relative error into an absolute one,
+    # so the ulp is that of max(|gumbel|, 1).
+    jax_key, torch_key = keys(5)
+    shape = (257, 1031)
+    exact = -np.log(-np.log(torch_random.uniform(torch_key, shape).numpy().astype(np.float64)))
+    ulp = np.spacing(np.maximum(np.abs(exact), 1.0).astype(np.float32))
+    for noise in (torch_random.gumbel(torch_key, shape).numpy(), np.asarray(jax_random.gumbel(jax_key, shape))):
+        assert noise.dtype == np.float32
+        assert (np.abs(noise - exact) / ulp).max() <= 2.0
+
+
+def test_sites_of_dropout_have_the_same_numbers_and_no_two_alike():
+    names = ["EMBEDDING", "ATTENTION_PROBABILITIES", "ATTENTION_RESIDUAL", "FFN_HIDDEN", "FFN_RESIDUAL", "HEAD"]
+    numbers = [getattr(jax_random, name) for name in names]
+    assert numbers == [getattr(torch_random, name) for name in names]
+    assert len(set(numbers)) == len(names)
