@@ -31,11 +31,14 @@ of a normal is near one and a half deviations, SAFETY doubles it, and roundings 
 SMALLEST_NOISE = 2.0**-24
 
 _EXACT = frozenset(
-    "_reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat clamp_min clone constant_pad_nd copy_ embedding "
-    "empty empty_like empty_strided expand_copy fill_ flip full full_like gather index index_select isinf isnan "
-    "lift_fresh masked_fill masked_fill_ max maximum min minimum neg new_empty new_empty_strided new_full new_ones "
-    "new_zeros ones ones_like relu repeat resize_ roll scalar_tensor scatter select_backward select_scatter sgn sign "
-    "slice_backward slice_scatter stack threshold_backward tril triu where zero_ zeros zeros_like".split()
+    """
+    _reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat clamp_min clone constant_pad_nd copy_
+    embedding empty empty_like empty_strided expand_copy fill_ flip full full_like gather index index_select
+    isinf isnan lift_fresh masked_fill masked_fill_ max maximum min minimum neg new_empty new_empty_strided
+    new_full new_ones new_zeros ones ones_like relu repeat resize_ roll scalar_tensor scatter select_backward
+    select_scatter sgn sign slice_backward slice_scatter stack threshold_backward tril triu where zero_ zeros
+    zeros_like
+    """.split()
 )
 
 

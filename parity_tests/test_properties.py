@@ -182,7 +182,7 @@ def test_query_blocks_change_nothing(twin, window, monkeypatch):
         return {"attention": TorchTwin().call("attention", q, k, v, window=window)}
 
     allowance = allowance_of(compute)["attention"]
-    for block in (1, 4, 5, 13):
+    for block in (5, 13):
         monkeypatch.setattr(twin.module, "QUERY_BLOCK", block)
         check(f"blocks of {block}", twin.call("attention", q, k, v, window=window), whole, allowance)
 

@@ -129,6 +129,7 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Callab
 
 
 def _ask() -> str:
+    """The next line typed, or piped in; empty at the end."""
     try:
         return input("prompt (empty line ends) > " if sys.stdin.isatty() else "")
     except EOFError:

@@ -100,6 +100,16 @@ def test_the_checkpoint_generates_the_same_text_in_both(folder, runs):
     assert texts[0].stdout.startswith("the fox") and len(texts[0].stdout) > len("the fox\n")
 
 
+def test_prompts_are_asked_for_one_after_another(folder, runs):
+    arguments = ["-m", "jax_impl.generate", "--checkpoint", str(folder / "jax"), "--max_new_tokens", "4"]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=settings, input="the dog\nthe fox\n\nnever read\n",
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "the dog" in done.stdout and "the fox" in done.stdout and "never" not in done.stdout
+
+
 REFUSED = {
     "steps": (["--steps", "0"], "steps=0"),
     "learning rate": (["--muon.learning_rate", "nan"], "learning_rate=nan"),
