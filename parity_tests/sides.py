@@ -1,6 +1,7 @@
 """Both sides behind one face: NumPy in, NumPy out, by Hugging Face name. Each class is used by every parity test."""
 
 import contextlib
+import functools
 
 import jax
 import numpy as np
@@ -88,6 +89,10 @@ class TorchModel:
             return loss.item(), int(correct)
 
 
+# Compiling an update takes far longer than running it, and tests of one configuration can share it.
+_make_train_step = functools.cache(jax_impl.train.make_train_step)
+
+
 class JaxTraining:
     """jax_impl's training, update by update."""
 
@@ -95,7 +100,7 @@ class JaxTraining:
         self.config = config
         with x64(config.precision):
             self.state = jax_impl.train.init_state(config, weights)
-            self.train_step = jax_impl.train.make_train_step(config)
+            self.train_step = _make_train_step(config)
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
         with x64(self.config.precision):

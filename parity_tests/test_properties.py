@@ -154,6 +154,7 @@ def test_the_tied_gradient_is_the_sum_of_embedding_and_head(twin):
         value, grads = TorchModel(MODEL, FLOAT64, weights).loss_and_grads(inputs, targets)
         return {"loss": np.array(value), **grads}
 
+    assert np.any(parts[table]) and np.any(parts["lm_head.weight"]), "both uses of the table contribute"
     parts[table] = parts[table] + parts.pop("lm_head.weight")
     parts["loss"], tied["loss"] = np.array(split_loss), np.array(loss)
     check_all(tied, parts, allowance_of(compute).get)
