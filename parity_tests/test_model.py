@@ -108,6 +108,15 @@ class Comparison:
         return TorchModel(self.case.model, PRECISIONS[self.dtype], self.case.weights)
 
 
+def test_evaluation_counts_correct_tokens():
+    comparison = Comparison(CASES["plain"], "float64")
+    case = comparison.case
+    best = comparison.truths["logits"].argmax(-1).astype(np.int32)
+    best[0, :3] = (best[0, :3] + 1) % case.model.vocab_size
+    for side in (comparison.jax, comparison.torch):
+        assert side.evaluate(case.inputs, best)[1] == best.size - 3
+
+
 @pytest.fixture(scope="module", params=COMPARISONS, ids="-".join)
 def comparison(request) -> Comparison:
     name, dtype = request.param
@@ -163,15 +172,6 @@ def test_evaluation_numbers(dtype):
         loss, correct = side.evaluate(case.inputs, case.targets)
         check(f"evaluation loss, {name}", np.array(loss), expected, allowance)
         assert correct == (logits.argmax(-1) == case.targets).sum()
-
-
-def test_evaluation_counts_correct_tokens():
-    comparison = Comparison(CASES["plain"], "float64")
-    case = comparison.case
-    best = comparison.truths["logits"].argmax(-1).astype(np.int32)
-    best[0, :3] = (best[0, :3] + 1) % case.model.vocab_size
-    for side in (comparison.jax, comparison.torch):
-        assert side.evaluate(case.inputs, best)[1] == best.size - 3
 
 
 def _matrices_off_by(allowance: float, weights: Arrays) -> Arrays:

@@ -122,8 +122,9 @@ def test_order_of_earlier_tokens_matters(twin):
     logits = twin.logits(model, weights)
     before, shuffled = logits(tokens), tokens.copy()
     shuffled[:, :-1] = tokens[:, np.random.default_rng(3).permutation(10)]
+    # Blind to positions, the last logits would be the same sums in another order: equal to rounding.
     after = logits(shuffled)
-    assert relative_error(after[:, -1], before[:, -1]) > 1e6 * logits_allowance(model, weights, tokens)
+    assert relative_error(after[:, -1], before[:, -1]) > logits_allowance(model, weights, tokens)
 
 
 def test_grouped_queries_equal_repeated_key_value_heads(twin):
