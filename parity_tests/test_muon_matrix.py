@@ -115,7 +115,7 @@ def test_torch_optim_muon(grads, monkeypatch):
         # Given X with ||X|| = r, newton_schulz divides by r + eps: choose eps so that it divides by max(norm, EPS).
         expected = scale * newton_schulz(direction, eps=max(norm, EPS) - norm)
         agree(f"torch.optim.Muon {step}", [update], [expected])
-    # With eps added instead, X starts smaller by the share eps / norm, and the update differs in that order: the quintic
+    # With eps added instead, X starts smaller by the share eps / norm and the update differs in that order: the quintic
     # changes a relative change of a singular value by a factor between 0 and about 3, so not by nothing and not by 4.
     share = EPS / np.linalg.norm(next(averaged(grads)))
     difference = relative_error(ours(grads)[0], theirs[0])
