@@ -209,7 +209,8 @@ class Linear(nnx.Module):
         kernel_IO = self.kernel[...]
         flat = x.reshape(-1, x.shape[-1])
         y = contract("mi,io->mo", flat, kernel_IO, x.dtype).reshape(*x.shape[:-1], kernel_IO.shape[1])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        # Added in float32, or the bias's gradient, a sum over all tokens, would be summed in the compute dtype.
+        return y if self.bias is None else (y.astype(accumulator(y.dtype)) + self.bias[...]).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):

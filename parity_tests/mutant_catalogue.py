@@ -143,7 +143,7 @@ MUTANTS = (
         "        branch_BTD = self.self_attn(x_BTD, cos_TR, sin_TR, dropout_key)",
         LOGITS,
     ),
-    Mutant("bias not added", MODEL, "return y if self.bias is None else y +", "return y if True else y +", BIAS),
+    Mutant("bias not added", MODEL, "return y if self.bias is None else", "return y if True else", BIAS),
     Mutant(
         "window from the wrong layer on",
         "recipe.config",
