@@ -167,8 +167,8 @@ class HuggingFaceSide(TorchSide):
 
 def make_side(config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> TorchSide:
     """The side of this mode; OpenMP's own variable decides the threads, else the CPUs this process is pinned to."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # Set either way: left alone, torch takes MKL's count, which is capped by the cores MKL sees.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     return (HuggingFaceSide if mode == "hf" else TorchSide)(config, mode, weights)
 
 
