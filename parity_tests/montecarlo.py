@@ -119,6 +119,23 @@ def rounding_noise(u: float, seed: int, *, u_accumulator: float | None = None) -
         _active.pop()
 
 
+@contextlib.contextmanager
+def noise_of(dtype: str, compute: str) -> Iterator[None]:
+    """Context in which the active noise, if any, is that of `dtype`, in a measurement made for `compute`."""
+    if not _active:
+        yield
+        return
+    mode = _active[-1]
+    before = mode.u, mode.u_accumulator
+    scale = max(UNIT_ROUNDOFF[compute], SMALLEST_NOISE) / UNIT_ROUNDOFF[compute]
+    mode.u = scale * UNIT_ROUNDOFF[dtype]
+    mode.u_accumulator = scale * UNIT_ROUNDOFF[_accumulator(dtype)]
+    try:
+        yield
+    finally:
+        mode.u, mode.u_accumulator = before
+
+
 def rounded(x: np.ndarray, roundings: float = 1.0) -> np.ndarray:
     """x as a cast to the dtype in question leaves it: noise of `roundings` times u under `rounding_noise`, else x."""
     if not _active:
@@ -162,8 +179,7 @@ def amplification(
     """
     truths = {name: np.array(truth, np.float64) for name, truth in compute().items()}
     u = max(UNIT_ROUNDOFF[dtype], SMALLEST_NOISE)
-    accumulator = "float32" if dtype == "bfloat16" else dtype
-    u_accumulator = u * UNIT_ROUNDOFF[accumulator] / UNIT_ROUNDOFF[dtype]
+    u_accumulator = u * UNIT_ROUNDOFF[_accumulator(dtype)] / UNIT_ROUNDOFF[dtype]
     kappas = dict.fromkeys(truths, 0.0)
     for seed in seeds:
         with rounding_noise(u, seed, u_accumulator=u_accumulator):
@@ -171,6 +187,10 @@ def amplification(
         for name, truth in truths.items():
             kappas[name] = max(kappas[name], relative_error(noisy[name], truth) / u)
     return truths, kappas
+
+
+def _accumulator(dtype: str) -> str:
+    return "float32" if dtype == "bfloat16" else dtype
 
 
 def allowances(kappas: dict[str, float], dtype: str, *, erring: int | None = None) -> dict[str, float]:

@@ -147,7 +147,12 @@ def test_optax_contrib_muon_is_another_optimizer():
     first, second = (
         max(relative_error(moved(ours)[step][name], moved(theirs)[step][name]) for name in SHAPES) for step in (0, 1)
     )
-    assert first < 1e-6 < 1e-2 < second
+    # At first both directions are multiples of the gradient: only eps beside the norm differs, and what it moves of a
+    # singular value near zero is multiplied by 3.4445 five times.
+    smallest = (1 - 0.95**2) * min(np.linalg.norm(grad) for grad in grads[0].values())
+    of_eps = 3.4445**5 * 1e-7 / smallest
+    assert first <= of_eps
+    assert second > 100 * first
 
 
 def test_square_kernels_are_iterated_as_fan_out_by_fan_in():

@@ -10,7 +10,7 @@ def tiny() -> RunConfig:
     """Minutes on a laptop's CPU: `make train`, or `python train_jax.py --preset tiny`."""
     return RunConfig(
         preset="tiny",
-        steps=400,
+        steps=320,
         batch_size=16,
         sequence_length=256,
         eval_every=50,

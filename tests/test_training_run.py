@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.tolerance import UNIT_ROUNDOFF, check
 from recipe.checkpoint import load_folder
 from recipe.tokenizer import load_tokenizer
 
@@ -87,8 +88,9 @@ def test_both_frameworks_log_the_same_losses(folder, runs):
         lines = (folder / framework / "metrics.jsonl").read_text().splitlines()
         by_framework[framework] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
     # float32 with bfloat16 Newton-Schulz: how close is the matter of parity_tests; here, that it is one run told twice.
-    # The first loss has seen no update, so it differs by float32 rounding alone: 2**-20 is 16 roundings.
-    assert by_framework["jax"][0] == pytest.approx(by_framework["torch"][0], rel=2**-20)
+    # The first loss has seen no update, so it differs by float32 rounding alone: one a layer of each side's, at most.
+    first = by_framework["jax"][0], by_framework["torch"][0]
+    check("first loss", *first, 16 * UNIT_ROUNDOFF["float32"])
     assert [round(loss, 1) for loss in by_framework["jax"]] == [round(loss, 1) for loss in by_framework["torch"]]
 
 

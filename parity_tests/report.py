@@ -1,0 +1,322 @@
+"""The report of a comparison: a row per tensor in execution order, the first divergence, JSON, HTML, pictures."""
+
+import base64
+import dataclasses
+import functools
+import html
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parity_tests.contract import PrecisionContract
+from recipe.runlog import git_commit, installed_versions
+
+COLOURS = {
+    "jax": "#1f77b4",
+    "torch": "#ff7f0e",
+    "transformers": "#2ca02c",
+    "candidate": "#1f77b4",
+    "reference": "#ff7f0e",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor in one dtype: each side's relative error against the truth, and what rounding explains."""
+
+    dtype: str
+    name: str
+    shape: tuple[int, ...]
+    errors: dict[str, float]
+    """Relative Frobenius error by side; infinite if the shape is wrong or a value is not a number."""
+    allowances: dict[str, float]
+    operation: str = ""
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors this one is computed from."""
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
+    """For a side beyond its allowance: the worst index, the value there and the true one."""
+
+    @property
+    def beyond(self) -> list[str]:
+        """Sides whose error exceeds their allowance."""
+        return [side for side, error in self.errors.items() if not error <= self.allowances[side]]
+
+
+class Divergence(NamedTuple):
+    """The first tensor, in execution order, that some side has beyond its allowance."""
+
+    row: Row
+    side: str
+    inputs: tuple[Row, ...]
+
+    def text(self) -> str:
+        """Several lines: the tensor, its error, its operation, the errors of what it was computed from."""
+        row, side = self.row, self.side
+        error, allowance = row.errors[side], row.allowances[side]
+        times = f" ({error / allowance:.3g} times)" if allowance else ""
+        lines = [f"first divergence: {row.name} in {side}, {row.dtype}"]
+        lines.append(f"  relative error {error:.3e}, allowance {allowance:.3e}{times}")
+        if side in row.details:
+            lines.append(f"  {row.details[side]}")
+        if row.operation:
+            lines.append(f"  operation: {row.operation}")
+        for one in self.inputs:
+            if side in one.errors:
+                lines.append(f"  from {one.name}: error {one.errors[side]:.3e}, allowance {one.allowances[side]:.3e}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A comparison and its verdict."""
+
+    title: str
+    rows: list[Row]
+    """In execution order, one dtype after the other."""
+    contracts: dict[str, PrecisionContract] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What a reader must know to judge the numbers, tensors that had no partner included."""
+
+    @functools.cached_property
+    def first_divergence(self) -> Divergence | None:
+        """The first row beyond its allowance, or None."""
+        for row in self.rows:
+            if row.beyond:
+                by_name = {other.name: other for other in self.rows if other.dtype == row.dtype}
+                return Divergence(row, row.beyond[0], tuple(by_name[name] for name in row.inputs if name in by_name))
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every tensor is within its allowance, 1 otherwise."""
+        return 0 if self.first_divergence is None else 1
+
+    def verdict(self) -> str:
+        """The first divergence, or one line that says there is none."""
+        if self.first_divergence is not None:
+            return self.first_divergence.text()
+        tensors = {(row.dtype, row.name) for row in self.rows}
+        return f"no divergence: all {len(tensors)} tensors within what rounding explains"
+
+    def table(self) -> str:
+        """One line per dtype, phase and side: tensors, largest error, largest share of the allowance and where."""
+        lines = [f"{'dtype':9} {'phase':9} {'side':13} {'tensors':>7} {'largest error':>13} {'/ allowance':>11}  where"]
+        for (dtype, phase), rows in self._phases().items():
+            for side in dict.fromkeys(side for row in rows for side in row.errors):
+                mine = [row for row in rows if side in row.errors]
+                worst = max(mine, key=lambda row: _share(row, side))
+                largest, share = max(row.errors[side] for row in mine), _share(worst, side)
+                lines.append(
+                    f"{dtype:9} {phase:9} {side:13} {len(mine):7d} {largest:13.2e} {share:11.2f}  {worst.name}"
+                )
+        return "\n".join(lines)
+
+    def _phases(self) -> dict[tuple[str, str], list[Row]]:
+        phases: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            phases.setdefault((row.dtype, phase_of(row.name)), []).append(row)
+        return phases
+
+    def to_json(self) -> str:
+        """Everything above; an infinite number is the text "inf", so that the file is JSON to every reader."""
+        divergence = self.first_divergence
+        found = None
+        if divergence is not None:
+            row, side = divergence.row, divergence.side
+            found = {"name": row.name, "dtype": row.dtype, "side": side, "operation": row.operation}
+            found |= {"error": row.errors[side], "allowance": row.allowances[side], "inputs": list(row.inputs)}
+        values = {
+            "title": self.title,
+            "equal": divergence is None,
+            "first_divergence": found,
+            "commit": git_commit(),
+            "versions": installed_versions(),
+            "settings": self.settings,
+            "contracts": {side: dataclasses.asdict(contract) for side, contract in self.contracts.items()},
+            "notes": self.notes,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+        return json.dumps(_finite(values), indent=1, allow_nan=False) + "\n"
+
+    def pictures(self) -> dict[str, bytes]:
+        """PNG files by name: error against depth, and error against step if there are steps."""
+        pictures = {}
+        for dtype in dict.fromkeys(row.dtype for row in self.rows):
+            mine = [row for row in self.rows if row.dtype == dtype]
+            pictures[f"depth-{dtype}.png"] = _depth_picture(self.title, dtype, mine)
+            if any(step_of(row.name) for row in mine):
+                pictures[f"step-{dtype}.png"] = _step_picture(self.title, dtype, mine)
+        return pictures
+
+    def to_html(self) -> str:
+        """One file that needs no other: verdict, contracts, pictures, the table of every tensor."""
+        sides = list(dict.fromkeys(side for row in self.rows for side in row.errors))
+        images = "".join(
+            f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            for name, data in self.pictures().items()
+        )
+        fields = [field.name for field in dataclasses.fields(PrecisionContract) if field.name != "side"]
+        contracts = [[field, *(getattr(c, field) for c in self.contracts.values())] for field in fields]
+        header = [f"{side}: {what}" for side in sides for what in ("error", "allowance")]
+        body = []
+        for row in self.rows:
+            cells = [row.dtype, row.name, "×".join(map(str, row.shape)) or "scalar"]
+            for side in sides:
+                cells += [f"{kind[side]:.2e}" if side in kind else "" for kind in (row.errors, row.allowances)]
+            body.append((cells, "beyond" if row.beyond else ""))
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return _PAGE.format(
+            title=html.escape(self.title),
+            kind="equal" if self.exit_code == 0 else "beyond",
+            verdict=html.escape(self.verdict()),
+            summary=html.escape(self.table()),
+            settings=html.escape(json.dumps(self.settings)),
+            notes=notes,
+            images=images,
+            contracts=_html_table(["", *self.contracts], [(cells, "") for cells in contracts])
+            if self.contracts
+            else "",
+            rows=_html_table(["dtype", "tensor", "shape", *header], body),
+        )
+
+    def show(self, folder: str | Path = "") -> None:
+        """Print table, verdict and notes; with a folder, write the report there too."""
+        print(self.table(), self.verdict(), *(f"note: {note}" for note in self.notes), sep="\n")
+        for path in self.write(folder) if folder else ():
+            print(f"wrote {path}")
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write report.json, report.html and the pictures; returns their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"report.json": self.to_json().encode(), "report.html": self.to_html().encode(), **self.pictures()}
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return [folder / name for name in files]
+
+
+def phase_of(name: str) -> str:
+    """First word of a report's tensor name: forward, backward, gradient, step; `tensor` where names have none."""
+    first = name.partition(" ")[0]
+    return first if first in ("weight", "forward", "backward", "gradient", "step") else "tensor"
+
+
+def step_of(name: str) -> int | None:
+    """The optimizer step a tensor belongs to, counted from 1."""
+    words = name.split(" ")
+    return int(words[1]) if phase_of(name) == "step" else None
+
+
+def _share(row: Row, side: str) -> float:
+    error, allowance = row.errors[side], row.allowances[side]
+    return error / allowance if allowance else (math.inf if error else 0.0)
+
+
+def _finite(value):
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return "inf" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figure(title: str, width: float, panels: int):
+    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
+
+    figure = Figure(figsize=(width, 3.2 * panels), layout="constrained", dpi=90)
+    figure.suptitle(title, fontsize=10)
+    return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _lines(axes, positions, values, label: str, **style) -> None:
+    """A line that leaves out zeros and infinities, which a logarithmic axis has no place for."""
+    shown = [value if 0 < value < math.inf else math.nan for value in values]
+    axes.plot(positions, shown, label=label, **style)
+
+
+def _depth_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
+    phases = [phase for phase in dict.fromkeys(phase_of(row.name) for row in rows) if phase != "step"]
+    figure, panels = _figure(f"{title}: relative error against the float64 truth, {dtype}", 9, len(phases))
+    for phase, axes in zip(phases, panels, strict=True):
+        mine = [row for row in rows if phase_of(row.name) == phase]
+        for side in dict.fromkeys(side for row in mine for side in row.errors):
+            here = [(index, row) for index, row in enumerate(mine) if side in row.errors]
+            positions, colour = [index for index, _ in here], COLOURS.get(side)
+            errors, allowances = ([getattr(row, kind)[side] for _, row in here] for kind in ("errors", "allowances"))
+            _lines(axes, positions, errors, side, color=colour, marker=".", linewidth=1, markersize=4)
+            _lines(axes, positions, allowances, f"{side}: allowance", color=colour, linestyle=":", linewidth=1)
+            beyond = [(index, row.errors[side]) for index, row in here if side in row.beyond]
+            if beyond:
+                _lines(axes, *zip(*beyond, strict=True), f"{side}: beyond", color="red", marker="x", linestyle="")
+        ticks = _ticks(mine)
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=30, ha="right", fontsize=7)
+        axes.set(yscale="log", ylabel=phase)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    return _png(figure)
+
+
+def _ticks(rows: list[Row], most: int = 14) -> dict[int, str]:
+    """Every so many tensors one named tick."""
+    every = math.ceil(len(rows) / most)
+    return {index: row.name.partition(" ")[2] or row.name for index, row in enumerate(rows) if index % every == 0}
+
+
+def _step_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
+    figure, (axes,) = _figure(f"{title}: the largest relative error after each optimizer step, {dtype}", 9, 1)
+    rows = [row for row in rows if step_of(row.name)]
+    steps = sorted({step_of(row.name) for row in rows})
+    kinds = {"loss": "o", "parameter": "s", "update": "^", "mu": "v"}
+    for side in dict.fromkeys(side for row in rows for side in row.errors):
+        for kind, marker in kinds.items():
+            mine = [row for row in rows if row.name.split(" ")[2] == kind and side in row.errors]
+            largest = [max(row.errors[side] for row in mine if step_of(row.name) == step) for step in steps]
+            _lines(axes, steps, largest, f"{side}: {kind}", color=COLOURS.get(side), marker=marker, linewidth=1)
+    axes.set(yscale="log", xlabel="optimizer step", xticks=steps)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    return _png(figure)
+
+
+def _html_table(header: list[str], rows: list[tuple[list, str]]) -> str:
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>\n"
+        for cells, kind in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+pre {{ background: #f4f4f4; padding: 0.8rem; overflow-x: auto; }}
+pre.equal {{ border-left: 6px solid #2a7; }} pre.beyond {{ border-left: 6px solid #c22; }}
+table {{ border-collapse: collapse; font-size: 12px; }} td, th {{ padding: 2px 8px; text-align: left; }}
+tr.beyond td {{ background: #fbd5d5; }} tr:nth-child(even) {{ background: #f8f8f8; }} img {{ max-width: 100%; }}
+</style></head><body>
+<h1>{title}</h1>
+<pre class="{kind}">{verdict}</pre>
+<pre>{summary}</pre>
+<ul>{notes}</ul>
+{images}
+<h2>Precision contracts</h2>
+{contracts}
+<p>Settings: {settings}</p>
+<h2>Every tensor, in execution order</h2>
+<p>Error: Frobenius norm of the difference from the float64 truth, over the norm of the truth. A row beyond its
+allowance is red.</p>
+{rows}
+</body></html>
+"""

@@ -1,0 +1,275 @@
+"""The report finds the first tensor that rounding does not explain, and only then; on our models and on others'."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_impl.model
+import jax_impl.muon
+import parity_tests.sides
+from parity_tests import example, twins
+from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
+from parity_tests.compare import compare
+from parity_tests.contract import MUST_AGREE, process_contract, require_same
+from parity_tests.report import Report
+from recipe.checkpoint import save_folder
+from recipe.config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
+LAYER = "model.layers.1"
+
+
+def subject(model=SMALL, steps: int = 0, **fields) -> twins.Subject:
+    config, tokens = run_config(model, FLOAT32, accumulation=2), random_tokens(model, 2, 8)
+    return twins.Subject(config, random_weights(model), tokens, steps=steps, backward=True, **fields)
+
+
+def report(*dtypes: str, **fields) -> Report:
+    return twins.compare_subject(subject(**fields), dtypes, title="small")
+
+
+@pytest.fixture(scope="module")
+def everything() -> Report:
+    return report(*PRECISIONS, steps=2)
+
+
+def test_the_twins_and_transformers_agree_in_every_dtype(everything):
+    found = everything
+    assert found.exit_code == 0, found.verdict()
+    sides = {(row.dtype, side) for row in found.rows for side in row.errors}
+    assert sides == {("float64", "jax")} | {
+        (dtype, side) for dtype in ("float32", "bfloat16") for side in ("jax", "torch", "transformers")
+    }
+    names = {row.name for row in found.rows}
+    assert {
+        "forward model.embed_tokens",
+        "forward model.layers.1.self_attn.q_rope",
+        "forward logits",
+        "backward model.layers.0.mlp.hidden",
+        "gradient model.layers.1.self_attn.k_norm.weight",
+        "step 2 mu model.layers.0.mlp.up_proj.weight",
+        "step 2 parameter model.norm.weight",
+    } <= names
+    # Errors are errors: nothing but copies and single sums may be exact in bfloat16.
+    narrow = [row for row in found.rows if row.dtype == "bfloat16" and row.name.startswith("backward")]
+    assert all(row.errors[side] > 0 for row in narrow for side in row.errors)
+
+
+@pytest.mark.parametrize("variant", ["bias", "untied", "window", "no-qk-norm"])
+def test_transformers_has_every_variant_at_the_same_taps(variant):
+    found = report("float32", model=VARIANTS[variant])
+    assert found.exit_code == 0, found.verdict()
+    compared = [row.name for row in found.rows if "transformers" in row.errors]
+    assert {name.partition(" ")[0] for name in compared} == {"forward", "backward", "gradient"}
+    ours = [row.name for row in found.rows if "jax" in row.errors]
+    assert len(compared) > 0.9 * len(ours)
+
+
+def test_dropout_is_compared_without_transformers():
+    model = dataclasses.replace(SMALL, num_hidden_layers=1, dropout=0.3)
+    found = report("float64", model=model)
+    assert found.exit_code == 0, found.verdict()
+    assert any("transformers is left out" in note for note in found.notes)
+
+
+class Gelu(jax_impl.model.Qwen3MLP):
+    """A bug in one layer: another activation."""
+
+    def __call__(self, x_BTD, dropout_key):
+        gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        activation = jax.nn.gelu if self.layer == 1 else jax.nn.silu
+        return self.down_proj(activation(gate_BTF) * up_BTF)
+
+
+def transposed_gradient(original):
+    """A bug in the backward pass alone: the gradient of keys is taken from the wrong heads."""
+
+    def backward(spec, dtype, residuals, cotangent):
+        grad_x, grad_y = original(spec, dtype, residuals, cotangent)
+        return grad_x, grad_y[:, :, ::-1] if spec == "btkgh,bskh->bkgts" else grad_y
+
+    return backward
+
+
+def plant_forward(monkeypatch):
+    monkeypatch.setattr(jax_impl.model, "Qwen3MLP", Gelu)
+
+
+def plant_backward(monkeypatch):
+    contract = jax_impl.model.contract
+    wrong = jax.custom_vjp(contract.fun, nondiff_argnums=contract.nondiff_argnums)
+    wrong.defvjp(jax_impl.model._contract_forward, transposed_gradient(jax_impl.model._contract_backward))
+    monkeypatch.setattr(jax_impl.model, "contract", wrong)
+
+
+def plant_optimizer(monkeypatch):
+    monkeypatch.setattr(jax_impl.muon, "scale_by_fan_ratio", optax.identity)
+    monkeypatch.setattr(parity_tests.sides, "_make_train_step", jax_impl.train.make_train_step)
+
+
+@pytest.mark.parametrize(
+    ("plant", "steps", "expected", "inputs"),
+    [
+        (plant_forward, 0, f"forward {LAYER}.mlp.hidden", {f"forward {LAYER}.mlp.gate_proj"}),
+        (
+            plant_backward,
+            0,
+            "backward model.layers.1.self_attn.k_rope",
+            {"backward model.layers.1.self_attn.attention"},
+        ),
+        (plant_optimizer, 1, "step 1 update model.layers.0.self_attn.q_proj.weight", set()),
+    ],
+    ids=["forward", "backward", "optimizer"],
+)
+def test_a_planted_bug_is_the_first_divergence(plant, steps, expected, inputs, monkeypatch):
+    plant(monkeypatch)
+    # Wide projections: a fan ratio other than one is what the optimizer's bug leaves out.
+    model = dataclasses.replace(SMALL, hidden_size=20) if steps else SMALL
+    found = report("float32", model=model, steps=steps)
+    divergence = found.first_divergence
+    assert found.exit_code == 1 and divergence.side == "jax"
+    assert divergence.row.name == expected and inputs <= set(divergence.row.inputs)
+    text = found.verdict()
+    assert expected in text and "operation: " in text and "worst at (" in text
+    assert all(f"from {name}: error" in text for name in inputs)
+
+
+def test_a_report_is_written_whole(everything, tmp_path):
+    found = everything
+    paths = found.write(tmp_path / "out")
+    pictures = {f"{kind}-{dtype}.png" for kind in ("depth", "step") for dtype in PRECISIONS}
+    assert {path.name for path in paths} == {"report.json", "report.html"} | pictures
+    values = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert values["equal"] and values["first_divergence"] is None and len(values["rows"]) == len(found.rows)
+    assert values["contracts"]["jax float32"]["matmul"] == "float32" and values["commit"]
+    for path in paths:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures) and "http" not in page.replace("http-equiv", "")
+    assert all(row.name in page for row in found.rows)
+
+
+@pytest.mark.parametrize("name", MUST_AGREE)
+def test_contracts_that_differ_are_refused(name):
+    ours = process_contract("jax", "jax", FLOAT32)
+    theirs = process_contract("torch", "torch", FLOAT32)
+    require_same(ours, theirs)
+    with pytest.raises(UserError, match=f"{name} is .* in jax and other in torch") as caught:
+        require_same(ours, dataclasses.replace(theirs, **{name: "other"}))
+    assert "\n" not in str(caught.value)
+    require_same(ours, dataclasses.replace(theirs, **{name: "-"}))
+
+
+def test_the_contract_reads_the_settings_of_the_process():
+    with jax.default_matmul_precision("bfloat16"):
+        assert process_contract("jax", "jax", FLOAT32).matmul == "TF32"
+    with pytest.raises(UserError, match="jax_enable_x64 is off"):
+        process_contract("jax", "jax", PRECISIONS["float64"])
+
+
+def chain(dtype: str, *, wrong: bool = False) -> dict[str, np.ndarray]:
+    """Three arrays, each computed from the one before; `wrong` doubles the second."""
+    with jax.enable_x64(dtype == "float64"):
+        a = jnp.asarray(np.linspace(0.1, 2.0, 50), dtype)
+        b = jnp.tanh(a) * (2 if wrong else 1)
+        return {name: np.asarray(x, np.float64) for name, x in {"a": a, "b": b, "c": b @ b}.items()}
+
+
+def test_two_functions_are_compared_by_the_references_own_error():
+    equal = compare(chain, chain, dtypes=["float64", "float32", "bfloat16"])
+    assert equal.exit_code == 0 and len(equal.rows) == 9
+    found = compare(chain, lambda dtype: chain(dtype, wrong=True), dtypes=["float64", "float32", "bfloat16"])
+    divergence = found.first_divergence
+    assert (divergence.row.name, divergence.row.dtype, divergence.side) == ("b", "float64", "candidate")
+    assert [row.name for row in divergence.inputs] == ["a"]
+
+
+def test_names_without_a_partner_are_told():
+    def partial(dtype):
+        values = chain(dtype)
+        return {"a": values["a"], "second": values["b"], "extra": values["c"]}
+
+    found = compare(chain, partial, name_map={"second": "b"})
+    assert found.exit_code == 0
+    assert {row.name for row in found.rows} == {"a", "b"}
+    assert found.notes == ["only in the reference, not compared: c", "only in the candidate, not compared: extra"]
+    with pytest.raises(UserError, match="no name is common"):
+        compare(chain, lambda dtype: {"x": chain(dtype)["a"]})
+
+
+def test_a_wrong_shape_or_a_nan_is_a_divergence():
+    def reshaped(dtype):
+        values = chain(dtype)
+        return values | {"b": values["b"][:, None]}
+
+    def poisoned(dtype):
+        values = chain(dtype)
+        return values | {"c": values["c"] * np.nan}
+
+    assert "shape (50, 1) instead of (50,)" in compare(chain, reshaped).verdict()
+    assert compare(chain, poisoned).first_divergence.row.name == "c"
+
+
+def test_a_model_that_is_not_ours(capsys, tmp_path):
+    assert example.main(example.ExampleOptions(out=str(tmp_path / "report"))) == 0
+    assert "no divergence" in capsys.readouterr().out and (tmp_path / "report" / "report.html").is_file()
+    found = example.make_report(eps=1e-5, dtypes=("float64",))
+    assert found.exit_code == 1 and found.first_divergence.row.name == "forward layer_norm"
+    names = {row.name for row in found.rows}
+    assert {"weight DenseReluDense.wo.weight", "backward DenseReluDense.wi", "gradient layer_norm.weight"} <= names
+
+
+def test_a_weights_folder_is_compared(tmp_path):
+    save_folder(tmp_path / "weights", SMALL, random_weights(SMALL))
+    options = twins.TwinOptions(
+        weights=str(tmp_path / "weights"), dtype=("float32",), sequence_length=9, backward=False
+    )
+    found = twins.compare_twins(options)
+    assert found.exit_code == 0, found.verdict()
+    assert {row.name.partition(" ")[0] for row in found.rows} == {"forward"}
+    assert all(set(row.errors) == {"jax", "torch", "transformers"} for row in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "tinny"], "tiny"),
+        (["--weights", "no/such/folder"], "no/such/folder"),
+        (["--sequence_length", "0"], "sequence_length=0"),
+        (["--steps", "-1"], "steps=-1"),
+        (["--steps", "2", "--backward", "False"], "needs gradients"),
+        (["--text", "To be"], "--weights"),
+        (["--dtype", "float16"], "float16"),
+        (["--sequence_length", "100000"], "max_position_embeddings"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, capsys):
+    from recipe import cli
+
+    def run():
+        return twins.main(cli.parse(twins.TwinOptions, flags, prog="parity_tests", description=""))
+
+    assert cli.run(run) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_command_line_runs(tmp_path):
+    save_folder(tmp_path / "weights", SMALL, random_weights(SMALL))
+    command = [sys.executable, "-m", "parity_tests", "--weights", str(tmp_path / "weights"), "--dtype", "float32"]
+    command += ["--sequence_length", "5", "--out", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no divergence: all" in done.stdout and (tmp_path / "report" / "report.json").is_file()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert again.returncode == 2 and "already holds files" in again.stderr
