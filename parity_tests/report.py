@@ -262,8 +262,8 @@ def _depth_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=30, ha="right", fontsize=7)
         axes.set(yscale="log", ylabel=phase)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=7)
+    handles = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
     return _png(figure)
 
 
