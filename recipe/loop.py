@@ -126,10 +126,11 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
         f"{config.model.vocab_size} rows; pass the --data.tokenizer they came with.",
     )
     dataset.batch(0, **_batch_shape(config))  # A sequence longer than the text must fail before a folder is made.
+    position, best = 0, math.inf
     if state is None:
         weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
-        state = TrainingState(config, weights, {}, updates=0, skipped=0, best=math.inf, text=dataset.fingerprint)
-        trainer = make_trainer(config, state.weights)
+        trainer = make_trainer(config, weights)
+        del weights  # The trainer has its own; these would stay as long as the run.
     else:
         require(
             state.text == dataset.fingerprint,
@@ -140,17 +141,18 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
         state = load_state(folder / "last")
         trainer = make_trainer(config, state.weights)
         trainer.restore(state.slots, state.updates, state.skipped)
+        position, best = state.position, state.best
     baselines = ngram_baselines(dataset)
     about = dict(framework=framework, environment=trainer.environment)
-    with RunLog(folder, config, **about, resume_at=state.position if config.resume else None) as log:
+    with RunLog(folder, config, **about, resume_at=position if config.resume else None) as log:
         log.header(describe(config, trainer.environment))
         log.header([_describe_data(config, dataset)])
         if config.resume:
-            log.header([f"resumed    after step {state.position}: {state.updates} updates, {state.skipped} skipped"])
+            log.header([f"resumed    after step {position}: {state.updates} updates, {state.skipped} skipped"])
         else:
             log.log_baselines(baselines, dataset.bytes_per_token)
         with Interruption() as interruption:
-            best = _optimize(config, dataset, trainer, log, state, interruption)
+            best = _optimize(config, dataset, trainer, log, interruption, position, best)
         log.header(_samples(config, dataset, trainer, folder))
     picture = folder / "loss.png"
     plot_runs([folder], picture, baselines=baselines)
@@ -176,11 +178,12 @@ def _optimize(
     dataset: Dataset,
     trainer: Trainer,
     log: RunLog,
-    begun: TrainingState,
     interruption: Interruption,
+    position: int,
+    best: float,
 ) -> float:
-    """All updates after `begun`, with evaluations and saves between them; returns the best validation loss."""
-    folder, best = Path(config.out), begun.best
+    """All updates from batch `position` on, with evaluations and saves between; returns the best validation loss."""
+    folder = Path(config.out)
 
     def evaluate(step: int) -> None:
         nonlocal best
@@ -199,8 +202,8 @@ def _optimize(
         state = TrainingState(kept, trainer.weights(), trainer.slots(), updates, skipped, best, dataset.fingerprint)
         save_state(folder / "last", state, dataset.tokenizer, log.about)
 
-    first = begun.position + 1
-    if first == 1:
+    first = position + 1
+    if position == 0:
         evaluate(0)
     pending, since = [], time.perf_counter()
     for step in range(first, config.steps + 1):
