@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx, traverse_util
 
 from jax_impl.model import Qwen3ForCausalLM
@@ -81,8 +80,10 @@ def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], 
         "muon": muon._replace(inner_state=(muon_state, *muon_rest)),
         "adamw": adamw._replace(inner_state=(adam_state, *adam_rest)),
     }
-    # Adam's bias correction and both schedules count the applied updates.
-    return optax.tree.set(opt_state._replace(inner_states=states), count=jnp.asarray(updates, jnp.int32))
+    # The scalars count updates, for Adam's bias correction and both schedules; each its own buffer, to be donated.
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else jnp.full_like(leaf, updates), opt_state._replace(inner_states=states)
+    )
 
 
 def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:

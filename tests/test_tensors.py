@@ -28,7 +28,7 @@ DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 def test_the_library_reads_what_we_write_and_we_what_it_writes(dtype, tmp_path):
     expected = {name: array.astype(dtype) for name, array in ARRAYS.items()}
     write_tensors(tmp_path / "ours", ARRAYS, ARRAYS, np.dtype(dtype).name)
-    save_file({name: np.ascontiguousarray(array) for name, array in expected.items()}, tmp_path / "theirs")
+    save_file({name: np.array(array, order="C") for name, array in expected.items()}, tmp_path / "theirs")
     theirs = load_file(tmp_path / "ours")
     ours = StoredTensors(read_header(tmp_path / "theirs"), "theirs")
     assert theirs.keys() == ours.keys() == expected.keys()
