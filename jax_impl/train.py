@@ -4,7 +4,7 @@ Twin: `torch_ref/train.py`.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import optax
 from jax_impl import random
 from jax_impl.generate import make_generator
 from jax_impl.muon import clip_by_global_norm, muon_with_adamw
-from jax_impl.weights import Params, bind, from_hf, model_structure, to_hf
+from jax_impl.weights import Params, bind, from_hf, model_structure, optimizer_slots, restore_optimizer, to_hf
 from recipe import loop
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
@@ -48,11 +48,19 @@ def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
     return muon_with_adamw(config.muon, config.adamw, config.model, schedule=schedule, ns_dtype=ns_dtype)
 
 
-def init_state(config: RunConfig, weights: dict[str, np.ndarray]) -> TrainState:
+def init_state(config: RunConfig, weights: Mapping[str, np.ndarray]) -> TrainState:
     """The state before the first update, on these weights."""
     params = from_hf(weights, config.model, config.precision)
     opt_state = make_optimizer(config).init(params)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def restore_state(
+    state: TrainState, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int
+) -> TrainState:
+    """The state with its weights, and with optimizer and counts where a saved run left them."""
+    opt_state = restore_optimizer(state.opt_state, slots, updates)
+    return TrainState(state.params, opt_state, jnp.asarray(updates, jnp.int32), jnp.asarray(skipped, jnp.int32))
 
 
 def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -115,7 +123,7 @@ def _with_precision(function, config: RunConfig):
 class Trainer:
     """The JAX side of `recipe.loop.Trainer`."""
 
-    def __init__(self, config: RunConfig, weights: dict[str, np.ndarray]) -> None:
+    def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         if config.precision.params == "float64":
             jax.config.update("jax_enable_x64", True)
         if config.out:
@@ -145,6 +153,15 @@ class Trainer:
 
     def weights(self) -> dict[str, np.ndarray]:
         return to_hf(self.state.params)
+
+    def slots(self) -> dict[str, dict[str, np.ndarray]]:
+        return optimizer_slots(self.state.opt_state)
+
+    def counts(self) -> tuple[int, int]:
+        return int(self.state.step), int(self.state.skipped)
+
+    def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
+        self.state = restore_state(self.state, slots, updates, skipped)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)

@@ -26,15 +26,21 @@ def flax_path(name: str, role: str) -> str:
 
 
 def from_hf(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
-    """Parameters by Flax path, in the parameter dtype; raises ValueError listing every wrong name or shape."""
+    """Parameters by Flax path, in the parameter dtype; raises ValueError listing every wrong name or shape.
+
+    Weights on disk are read one after another, so that never more than one is held twice.
+    """
     check_weights(weights, config)
     params = {}
     for name, spec in param_specs(config).items():
-        weight = np.asarray(weights[name])
-        params[flax_path(name, spec.role)] = jnp.asarray(
-            weight.T if spec.role == "matrix" else weight, precision.params
-        )
+        path = flax_path(name, spec.role)
+        params[path] = from_array(weights[name], path, precision.params)
     return params
+
+
+def from_array(array: np.ndarray, path: str, dtype) -> jax.Array:
+    """The leaf of a Flax path from an array in torch's layout, in the given dtype."""
+    return jnp.asarray(array.T if path.endswith(".kernel") else array, dtype)
 
 
 def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -54,6 +60,30 @@ def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
         slot: to_hf({path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)})
         for slot, tree in slots.items()
     }
+
+
+def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int):
+    """Inverse of `optimizer_slots`: the optimizer state with these slots, as it is after so many updates."""
+
+    def filled(tree, slot):
+        return {
+            path: from_array(slots[slot][hf_name(path)], path, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
+            for path, leaf in tree.items()
+        }
+
+    muon, adamw = opt_state.inner_states["muon"], opt_state.inner_states["adamw"]
+    muon_state, *muon_rest = muon.inner_state
+    adam_state, *adam_rest = adamw.inner_state
+    muon_state = muon_state._replace(mu=filled(muon_state.mu, "mu"))
+    adam_state = adam_state._replace(mu=filled(adam_state.mu, "exp_avg"), nu=filled(adam_state.nu, "exp_avg_sq"))
+    states = {
+        "muon": muon._replace(inner_state=(muon_state, *muon_rest)),
+        "adamw": adamw._replace(inner_state=(adam_state, *adam_rest)),
+    }
+    # The scalars count updates, for Adam's bias correction and both schedules; each its own buffer, to be donated.
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else jnp.full_like(leaf, updates), opt_state._replace(inner_states=states)
+    )
 
 
 def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -113,6 +114,13 @@ class JaxTraining:
     def slots(self) -> dict[str, Arrays]:
         return jax_impl.weights.optimizer_slots(self.state.opt_state)
 
+    def counts(self) -> tuple[int, int]:
+        return int(self.state.step), int(self.state.skipped)
+
+    def restore(self, slots: Mapping[str, Arrays], updates: int, skipped: int) -> None:
+        with x64(self.config.precision):
+            self.state = jax_impl.train.restore_state(self.state, slots, updates, skipped)
+
 
 class TorchTraining:
     """torch_ref's training, update by update."""
@@ -131,3 +139,9 @@ class TorchTraining:
 
     def slots(self) -> dict[str, Arrays]:
         return torch_ref.weights.optimizer_slots(self.state.optimizer)
+
+    def counts(self) -> tuple[int, int]:
+        return self.state.step, self.state.skipped
+
+    def restore(self, slots: Mapping[str, Arrays], updates: int, skipped: int) -> None:
+        self.state = torch_ref.train.restore_state(self.state, slots, updates, skipped)

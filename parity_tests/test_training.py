@@ -55,11 +55,20 @@ def batches(steps: int = STEPS):
     ]
 
 
-def record(training, steps: int = STEPS):
-    """Everything there is to compare after each update, flat: metrics, weights, slots."""
+def record(training, steps: int = STEPS, *, first: int = 0, poisoned: int | None = None):
+    """Everything there is to compare after each update from batch `first` on, flat: metrics, weights, slots.
+
+    The gradient of batch `poisoned` is not finite.
+    """
     history = []
-    for inputs, targets in batches(steps):
-        metrics = training.step(inputs, targets)
+    for index, (inputs, targets) in enumerate(batches(steps)[first:], start=first):
+        if index == poisoned:
+            old = _make_final_norm_infinite(training)
+            metrics = training.step(inputs, targets)
+            _restore_final_norm(training, old)
+            assert not math.isfinite(metrics.pop("loss") + metrics.pop("grad_norm"))
+        else:
+            metrics = training.step(inputs, targets)
         entry = {name: np.array(value) for name, value in metrics.items()}
         entry |= training.weights()
         entry |= {f"{slot} {name}": a for slot, arrays in training.slots().items() for name, a in arrays.items()}
@@ -68,14 +77,15 @@ def record(training, steps: int = STEPS):
 
 
 @functools.cache
-def truth(steps: int = STEPS):
-    return record(TorchTraining(config(FLOAT64, steps), random_weights(MODEL)), steps)
+def truth(steps: int = STEPS, poisoned: int | None = None):
+    return record(TorchTraining(config(FLOAT64, steps), random_weights(MODEL)), steps, poisoned=poisoned)
 
 
 @functools.cache
-def amplification(steps: int = STEPS) -> list[dict[str, float]]:
+def amplification(steps: int = STEPS, poisoned: int | None = None) -> list[dict[str, float]]:
     """kappa by step and name: relative change over PROBE, the largest of three draws and of the steps so far."""
-    kappas = [dict.fromkeys(entry, 1.0) for entry in truth(steps)]
+    reference = truth(steps, poisoned)
+    kappas = [dict.fromkeys(entry, 1.0) for entry in reference]
     for seed in range(3):
         generator = np.random.default_rng(seed)
         moved = {
@@ -83,24 +93,25 @@ def amplification(steps: int = STEPS) -> list[dict[str, float]]:
             for name, weight in random_weights(MODEL).items()
         }
         largest = dict.fromkeys(kappas[0], 1.0)
-        for step, entry in enumerate(record(TorchTraining(config(FLOAT64, steps), moved), steps)):
+        history = record(TorchTraining(config(FLOAT64, steps), moved), steps, poisoned=poisoned)
+        for step, entry in enumerate(history):
             for name, value in entry.items():
-                largest[name] = max(largest[name], relative_error(value, truth(steps)[step][name]) / PROBE)
+                largest[name] = max(largest[name], relative_error(value, reference[step][name]) / PROBE)
                 kappas[step][name] = max(kappas[step][name], largest[name])
     return kappas
 
 
-def allowance(step: int, name: str, u: float, steps: int = STEPS) -> float:
-    return SAFETY * ROUNDINGS * (step + 1) * amplification(steps)[step][name] * u
+def allowance(step: int, name: str, u: float, steps: int = STEPS, poisoned: int | None = None) -> float:
+    return SAFETY * ROUNDINGS * (step + 1) * amplification(steps, poisoned)[step][name] * u
 
 
-def compare(history, reference, u: float, steps: int = STEPS) -> float:
-    """Check every entry; returns the largest share of its allowance that any error took."""
+def compare(history, reference, u: float, steps: int = STEPS, *, first: int = 0, poisoned: int | None = None) -> float:
+    """Check every entry from batch `first` on; returns the largest share of its allowance that any error took."""
     worst = 0.0
-    for step, (entry, expected) in enumerate(zip(history, reference, strict=True)):
+    for step, (entry, expected) in enumerate(zip(history, reference[first:], strict=True), start=first):
         assert entry.keys() == expected.keys()
         for name, value in expected.items():
-            limit = allowance(step, name, u, steps)
+            limit = allowance(step, name, u, steps, poisoned)
             worst = max(worst, check(f"step {step}: {name}", entry[name], value, limit) / limit)
     return worst
 

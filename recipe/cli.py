@@ -1,6 +1,7 @@
 """The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C. Nothing here imports a framework: `--help` is instant.
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM. Nothing here imports a framework: `--help`
+is instant.
 """
 
 import contextlib
@@ -27,23 +28,70 @@ USERS_MISTAKES = (
 
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
+FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "data.cache_dir")
+"""Fields that a resumed run may change: none of them moves a weight."""
+
 
 def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
-    """The run that `argv` asks for: a preset, then flags over it, then a run folder that is still free.
+    """The run that `argv` asks for: a preset (or the run to resume), flags over it, then a run folder that is free.
 
     `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
     line for any mistake, and touches nothing.
     """
-    preset = get_preset(_last_value(argv, "--preset") or "tiny")
+    resumed, init = _last_value(argv, "--resume"), _last_value(argv, "--init")
+    if resumed:
+        default, source = _resumed_config(resumed), f"of the run in {resumed}"
+    else:
+        default = get_preset(_last_value(argv, "--preset") or "tiny")
+        source = f"those of --preset {default.preset}"
+        if init:
+            default, source = _fine_tuning_config(default, init), f"{source} and of the weights in {init}"
     config = parse(
         RunConfig,
         argv,
-        default=preset,
+        default=default,
         prog=f"train_{framework}.py",
         description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
-        f"The defaults below are those of --preset {preset.preset}.",
+        f"The defaults below are {source}.",
     )
+    if resumed:
+        _check_same_run(config, default)
+        return config
     return dataclasses.replace(config, out=str(_run_folder(config, framework)))
+
+
+def _resumed_config(run: str) -> RunConfig:
+    """The configuration of the run to go on with, as this folder's."""
+    from recipe.state import find_state, read_run  # NumPy, which --help does not need
+
+    return dataclasses.replace(read_run(find_state(Path(run)))[1], out=run, resume=run)
+
+
+def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
+    """Raise `UserError` naming every field that would make another run of the one to go on with."""
+    old = {name: value for name, _, value in _leaves(RunConfig, begun)}
+    new = {name: value for name, _, value in _leaves(RunConfig, config)}
+    differing = [name for name in old if new[name] != old[name] and name not in FREE_ON_RESUME]
+    reason = (
+        "; the learning-rate schedule spans all steps, so other --steps are another run" if "steps" in differing else ""
+    )
+    listed = ", ".join(f"{name}={new[name]} (begun with {old[name]})" for name in differing)
+    require(
+        not differing,
+        f"--resume {config.resume} cannot change {listed}{reason}; leave it out, or begin a new run with "
+        f"--init {Path(begun.out) / 'last'}.",
+    )
+
+
+def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
+    """The preset with the model of the weights to begin with, and their tokenizer if they bring one."""
+    from recipe.checkpoint import load_config  # NumPy, which --help does not need
+
+    model = dataclasses.replace(load_config(Path(init)), dropout=preset.model.dropout)
+    brings = (Path(init) / "tokenizer.json").is_file()
+    data = dataclasses.replace(preset.data, tokenizer=init if brings else preset.data.tokenizer)
+    length = min(preset.sequence_length, model.max_position_embeddings)
+    return dataclasses.replace(preset, model=model, data=data, sequence_length=length)
 
 
 def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:

@@ -227,8 +227,8 @@ class DataConfig:
 class PrecisionConfig:
     """Every dtype, by name: nothing here depends on the backend."""
 
-    params: Literal["float32", "float64"] = "float32"
-    """Parameters, accumulated gradients, optimizer state; norms, softmax and loss run at least this wide."""
+    params: Dtype = "float32"
+    """Parameters, accumulated gradients, optimizer state; training wants float32 or wider."""
     compute: Dtype = "float32"
     """Operands of the matrix products and the activations between them; products accumulate in float32 or wider."""
     newton_schulz: Dtype = "bfloat16"
@@ -254,6 +254,12 @@ class RunConfig:
     """Name of the preset this run started from."""
     out: str = ""
     """Run folder; it must not hold a run already. Empty is runs/PRESET-FRAMEWORK."""
+    init: str = ""
+    """Weights folder to begin with (Hugging Face's, or a run's best/ or last/); its model and tokenizer become the
+    defaults. Empty draws new weights."""
+    resume: str = ""
+    """Run folder to go on with, begun by either framework; its configuration becomes the default, and what would make
+    it another run is refused."""
     steps: int = 100
     """Optimizer updates."""
     accumulation: int = 1
@@ -270,6 +276,8 @@ class RunConfig:
     """Updates between log lines."""
     eval_every: int = 100
     """Updates between evaluations on held-out text; the last update is always evaluated."""
+    save_every: int = 100
+    """Updates between saves of the state in last/, from which --resume goes on; the last update is always saved."""
     prompts: tuple[str, ...] = ("ROMEO:", "First Citizen:", "To be, or not")
     """Prompts of the samples at the end of the run."""
     sample_tokens: int = 100
@@ -283,12 +291,19 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "steps", "accumulation", "batch_size", "sequence_length", "clip_norm", "log_every", "eval_every"
+            self,
+            *("steps", "accumulation", "batch_size", "sequence_length", "clip_norm"),
+            *("log_every", "eval_every", "save_every"),
         )
         _require_rate(self, "sample_tokens")
         require(
             0 <= self.seed < 2**32,
             f"seed={self.seed} must lie in [0, 2**32), the width of a Threefry key word; choose e.g. 0.",
+        )
+        require(
+            self.precision.params != "bfloat16",
+            "precision.params=bfloat16 is too coarse to train: updates would round away; choose float32 and "
+            "precision.compute=bfloat16.",
         )
         limit = self.model.max_position_embeddings
         require(

@@ -90,6 +90,11 @@ class Dataset:
         for first in range(0, count * rows, rows):
             yield _windows(self.held_out_tokens, starts[first : first + rows], sequence_length)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training tokens, by which a resumed run knows its text."""
+        return hashlib.sha256(np.ascontiguousarray(self.train_tokens)).hexdigest()
+
     @property
     def held_out_tokens(self) -> np.ndarray:
         """What is evaluated on; under leaking-windows the training tokens themselves."""

@@ -46,9 +46,13 @@ def _bytes_field(number: int, payload: bytes) -> bytes:
 class EventFile:
     """One event file in a folder; `tensorboard --logdir` on the folder, or on one above it, shows its scalars."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = open(folder / f"events.out.tfevents.{int(time.time())}", "xb")  # noqa: SIM115 (closed in close)
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        """A file that goes on with earlier ones names its `first_step`: from there TensorBoard forgets theirs."""
+        self._file = open(folder / f"events.out.tfevents.{time.time():.6f}", "xb")  # noqa: SIM115 (closed in close)
         self._write(_bytes_field(3, b"brain.Event:2"))
+        if first_step:
+            session_start = struct.pack("<BB", 1 << 3, 1)
+            self._write(_varint(2 << 3) + _varint(first_step) + _bytes_field(7, session_start))
 
     def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Write one event with a value (stored in float32) per tag."""

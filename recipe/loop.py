@@ -3,21 +3,24 @@
 A framework offers a `Trainer`; everything here is NumPy and the same for both, so their runs compare line by line.
 """
 
-import contextlib
 import dataclasses
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
-from recipe.checkpoint import save_folder
+from recipe.checkpoint import load_folder, save_folder, to_hf_config
 from recipe.config import RunConfig, require, to_dict
 from recipe.data import Dataset, ngram_baselines, prepare
 from recipe.params import init_params, param_counts
 from recipe.runlog import RunLog, plot_runs
+from recipe.state import TrainingState, clear_scratch, find_state, load_state, save_state
 
 # Plain lines and bars show a record at least this often, however long a step takes.
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -38,8 +41,46 @@ class Trainer(Protocol):
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by Hugging Face name."""
 
+    def slots(self) -> dict[str, dict[str, np.ndarray]]:
+        """The optimizer's state by slot and Hugging Face name."""
+
+    def counts(self) -> tuple[int, int]:
+        """Updates applied and updates skipped."""
+
+    def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
+        """Put the optimizer and the counts where a saved run left them."""
+
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
+
+
+class Interruption:
+    """Holds back Ctrl-C and SIGTERM, so that an update is never cut in half; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers = {}
+
+    def __enter__(self) -> "Interruption":
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, self._handlers[number])
+        print("stopping after this update; once more stops at once", file=sys.stderr)
+
+    def leave(self) -> None:
+        """End the process as the signal asks: exit code 130 or 143."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.signal)
 
 
 def describe(config: RunConfig, environment: Mapping) -> list[str]:
@@ -62,22 +103,56 @@ def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
 
 
 def run(config: RunConfig, *, framework: str, make_trainer) -> None:
-    """Train as configured and leave a run folder: logs, picture, best and last weights, samples.
+    """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
+    picture, best weights, last state, samples.
 
-    `make_trainer(config, weights)` builds the framework's `Trainer` on these initial weights.
+    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights.
     """
-    folder = Path(config.out)
-    require(not folder.exists() or not any(folder.iterdir()), f"--out {folder} already holds files; name a new folder.")
+    folder, state = Path(config.out), None
+    to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
+    if config.resume:
+        state = load_state(find_state(folder))
+        finished = state.position == config.steps and (folder / "loss.png").exists()
+        require(not finished, f"--resume {folder} is finished, all {config.steps} steps; begin a new run.")
+    else:
+        taken = folder.exists() and any(folder.iterdir())
+        require(not taken, f"--out {folder} already holds files; name a new folder.")
     dataset = prepare(config.data, seed=config.seed, show_progress=True)
-    config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
+    if state is None and not config.init:
+        config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
+    require(
+        dataset.tokenizer.vocab_size <= config.model.vocab_size,
+        f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, the weights of {config.init or folder} only "
+        f"{config.model.vocab_size} rows; pass the --data.tokenizer they came with.",
+    )
     dataset.batch(0, **_batch_shape(config))  # A sequence longer than the text must fail before a folder is made.
-    trainer = make_trainer(config, init_params(config.model, config.seed))
+    position, best = 0, math.inf
+    if state is None:
+        weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
+        trainer = make_trainer(config, weights)
+        del weights  # The trainer has its own; these would stay as long as the run.
+    else:
+        require(
+            state.text == dataset.fingerprint,
+            f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
+            "begin a new run.",
+        )
+        clear_scratch(folder)
+        state = load_state(folder / "last")
+        trainer = make_trainer(config, state.weights)
+        trainer.restore(state.slots, state.updates, state.skipped)
+        position, best = state.position, state.best
     baselines = ngram_baselines(dataset)
-    with RunLog(folder, config, framework=framework, environment=trainer.environment) as log:
+    about = dict(framework=framework, environment=trainer.environment)
+    with RunLog(folder, config, **about, resume_at=position if config.resume else None) as log:
         log.header(describe(config, trainer.environment))
         log.header([_describe_data(config, dataset)])
-        log.log_baselines(baselines, dataset.bytes_per_token)
-        best = _optimize(config, dataset, trainer, log)
+        if config.resume:
+            log.header([f"resumed    after step {position}: {state.updates} updates, {state.skipped} skipped"])
+        else:
+            log.log_baselines(baselines, dataset.bytes_per_token)
+        with Interruption() as interruption:
+            best = _optimize(config, dataset, trainer, log, interruption, position, best)
         log.header(_samples(config, dataset, trainer, folder))
     picture = folder / "loss.png"
     plot_runs([folder], picture, baselines=baselines)
@@ -98,9 +173,17 @@ def _describe_data(config: RunConfig, dataset: Dataset) -> str:
     )
 
 
-def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog) -> float:
-    """All updates, with evaluations between them; returns the best validation loss."""
-    folder, best = Path(config.out), math.inf
+def _optimize(
+    config: RunConfig,
+    dataset: Dataset,
+    trainer: Trainer,
+    log: RunLog,
+    interruption: Interruption,
+    position: int,
+    best: float,
+) -> float:
+    """All updates from batch `position` on, with evaluations and saves between; returns the best validation loss."""
+    folder = Path(config.out)
 
     def evaluate(step: int) -> None:
         nonlocal best
@@ -113,27 +196,36 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
             best = loss
             save_folder(folder / "best", config.model, trainer.weights(), dataset.tokenizer)
 
-    try:
+    def save() -> None:
+        updates, skipped = trainer.counts()
+        kept = dataclasses.replace(config, resume="")
+        state = TrainingState(kept, trainer.weights(), trainer.slots(), updates, skipped, best, dataset.fingerprint)
+        save_state(folder / "last", state, dataset.tokenizer, log.about)
+
+    first = position + 1
+    if position == 0:
         evaluate(0)
-        pending, since = [], time.perf_counter()
-        for step in range(1, config.steps + 1):
-            pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
-            last = step == config.steps or step % config.eval_every == 0
-            # Reading a result waits for the device, so several updates are read at once where they are fast.
-            due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
-            if last or due or step == 1 or step % config.log_every == 0:
-                records = [(done, {name: float(x) for name, x in metrics.items()}) for done, metrics in pending]
-                seconds = (time.perf_counter() - since) / len(records)
-                for done, metrics in records:
-                    log.log_step(step=done, seconds=seconds, tokens=config.tokens_per_step, **metrics)
-                pending = []
-                if last:
-                    evaluate(step)
-                since = time.perf_counter()
-    finally:
-        # Also on Ctrl-C: what was learnt is kept.
-        with contextlib.suppress(KeyboardInterrupt):
-            save_folder(folder / "last", config.model, trainer.weights(), dataset.tokenizer)
+    pending, since = [], time.perf_counter()
+    for step in range(first, config.steps + 1):
+        pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
+        stopping, last = interruption.signal is not None, step == config.steps
+        evaluating = last or step % config.eval_every == 0
+        saving = last or stopping or step % config.save_every == 0
+        # Reading a result waits for the device, so several updates are read at once where they are fast.
+        due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
+        if evaluating or saving or due or step == first or step % config.log_every == 0:
+            records = [(done, {name: float(x) for name, x in metrics.items()}) for done, metrics in pending]
+            seconds = (time.perf_counter() - since) / len(records)
+            for done, metrics in records:
+                log.log_step(step=done, seconds=seconds, tokens=config.tokens_per_step, **metrics)
+            pending = []
+            if evaluating:
+                evaluate(step)
+            if saving:
+                save()  # After its step's records, which a resumed run goes on from.
+            since = time.perf_counter()
+        if stopping:
+            interruption.leave()
     return best
 
 

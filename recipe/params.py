@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from recipe.config import ModelConfig, require
+from recipe.tensors import shapes_of
 
 Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
@@ -72,19 +73,33 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def check_weights(weights: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    """Raise ValueError listing every missing, unexpected and misshapen weight at once."""
-    specs = param_specs(config)
-    wrong = [f"missing {name} {spec.shape}" for name, spec in specs.items() if name not in weights]
-    wrong += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in specs]
+def shape_problems(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, unexpected or misshapen among these shapes, one phrase each."""
+    wrong = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
+    wrong += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
     wrong += [
-        f"{name} has shape {tuple(weights[name].shape)}, the configuration says {spec.shape}"
-        for name, spec in specs.items()
-        if name in weights and tuple(weights[name].shape) != spec.shape
+        f"{name} has shape {shapes[name]}, the configuration says {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
     ]
+    return wrong
+
+
+def check_weights(weights: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Raise ValueError listing every missing, unexpected and misshapen weight at once; reads none from disk."""
+    wrong = shape_problems(shapes_of(weights), {name: spec.shape for name, spec in param_specs(config).items()})
     require(
         not wrong, "the weights do not fit the model: " + "; ".join(wrong) + ". Use the config.json they came with."
     )
+
+
+def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every optimizer slot: mu.NAME of the matrices, exp_avg.NAME and exp_avg_sq.NAME of the rest."""
+    specs = param_specs(config)
+    shapes = {f"mu.{name}": spec.shape for name, spec in specs.items() if spec.role == "matrix"}
+    for slot in ("exp_avg", "exp_avg_sq"):
+        shapes |= {f"{slot}.{name}": spec.shape for name, spec in specs.items() if spec.role != "matrix"}
+    return shapes
 
 
 def param_counts(config: ModelConfig) -> ParamCounts:

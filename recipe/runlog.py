@@ -3,6 +3,7 @@
 `python -m recipe.runlog RUN [RUN ...] --out PNG` overlays runs, JAX beside torch.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -75,38 +76,58 @@ def installed_versions() -> dict[str, str]:
     return installed
 
 
+def surroundings() -> dict[str, Any]:
+    """When, from which commit and with which versions this process runs."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": installed_versions(),
+    }
+
+
 class RunLog:
     """Writes a run's folder and reports its progress; a context manager.
 
     On a terminal, training shows as a bar on stderr; otherwise, or when stdout goes elsewhere, as lines on stdout.
     """
 
-    def __init__(self, folder: str | Path, config: RunConfig, *, framework: str, environment: dict[str, Any]) -> None:
-        """Make the folder and write run.json; `environment` holds at least "device". Never overwrites a run."""
+    def __init__(
+        self,
+        folder: str | Path,
+        config: RunConfig,
+        *,
+        framework: str,
+        environment: dict[str, Any],
+        resume_at: int | None = None,
+    ) -> None:
+        """Make the folder and write run.json; `environment` holds at least "device". Never overwrites a run.
+
+        With `resume_at` go on with a run's log after that step; its later records go to undone.jsonl.
+        """
         self.folder = Path(folder)
         self._config = config
         self._steps = config.steps
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "framework": framework,
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "git_commit": git_commit(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": installed_versions(),
-            "environment": environment,
-            "config": to_dict(config),
-        }
-        with open(self.folder / "run.json", "x", encoding="utf-8") as file:
-            json.dump(record, file, indent=2, allow_nan=False)
-            file.write("\n")
-        self._metrics = open(self.folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._events = EventFile(self.folder)
-        self._bar = tqdm(total=config.steps, unit="step", disable=None, dynamic_ncols=True, leave=True)
+        self._first, self._last_step, self._tokens, self._elapsed = True, 0, 0, 0.0
+        self.about = about = {"framework": framework, **surroundings(), "environment": environment}
+        if resume_at is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "run.json", "x", encoding="utf-8") as file:
+                json.dump(about | {"config": to_dict(config)}, file, indent=2, allow_nan=False)
+                file.write("\n")
+            self._metrics = open(self.folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        else:
+            trained = [record for record in _undo(self.folder, resume_at) if record["kind"] == "train"]
+            if trained:
+                self._last_step, self._tokens = trained[-1]["step"], trained[-1]["tokens"]
+                self._elapsed = trained[-1]["seconds"]
+            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._write({"kind": "resume", "step": resume_at} | about)
+        self._events = EventFile(self.folder, first_step=0 if resume_at is None else resume_at + 1)
+        progress = dict(unit="step", disable=None, dynamic_ncols=True, leave=True)
+        self._bar = tqdm(total=config.steps, initial=self._last_step, **progress)
         self._show_lines = self._bar.disable or not sys.stdout.isatty()
-        self._last_step = 0
-        self._tokens = 0
-        self._elapsed = 0.0
         self._since_line = _Interval()
 
     def header(self, lines: list[str]) -> None:
@@ -129,7 +150,7 @@ class RunLog:
         `lr` is Muon's rate, `skipped` counts the updates skipped so far. A line appears every `log_every` updates, at
         the first and at the last. The first call holds the compilation, so its throughput is unknown.
         """
-        first = self._last_step == 0
+        first, self._first = self._first, False
         updates = step - self._last_step
         require(updates > 0, f"step={step} does not follow step {self._last_step}; log each update once, in order.")
         self._last_step = step
@@ -181,9 +202,12 @@ class RunLog:
     def _record(self, kind: str, step: int, **values: float | int | None) -> None:
         """One flushed line of JSON, in which a value that is not finite is null, and the same values as events."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        self._metrics.write(json.dumps({"kind": kind, "step": step} | dict.fromkeys(values) | finite) + "\n")
-        self._metrics.flush()
+        self._write({"kind": kind, "step": step} | dict.fromkeys(values) | finite)
         self._events.add_scalars(step, {f"{kind}/{name}": value for name, value in finite.items()})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
 
     def _print(self, line: str) -> None:
         if self._bar.disable:
@@ -220,6 +244,19 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run folder of train_jax.py or train_torch.py.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def _undo(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to the step, which alone stay in metrics.jsonl; later ones are moved to undone.jsonl."""
+    records = read_metrics(folder)
+    kept, undone = ([record for record in records if (record["step"] > step) == later] for later in (False, True))
+    with open(folder / "undone.jsonl", "a", encoding="utf-8") if undone else contextlib.nullcontext() as file:
+        for record in undone:
+            file.write(json.dumps(record) + "\n")
+    scratch = folder / ".metrics.jsonl"
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    scratch.replace(folder / "metrics.jsonl")
+    return kept
 
 
 def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from recipe import checkpoint, cli
 from recipe.checkpoint import find_weights, from_hf_config, load_folder, save_folder, to_hf_config
 from recipe.config import ModelConfig, UserError
 from recipe.params import init_params
@@ -85,19 +87,138 @@ def test_every_wrong_weight_is_named_at_once(tmp_path):
         assert part in str(caught.value)
 
 
-def test_sharded_and_bfloat16_weights_are_read(tmp_path):
-    import ml_dtypes
+def shard(folder, weights: dict[str, np.ndarray], count: int = 2) -> list[str]:
+    """Replace model.safetensors by so many shards and their index, written by safetensors itself; the files' names."""
+    (folder / "model.safetensors").unlink()
+    weight_map, files = {}, []
+    for index, names in enumerate(np.array_split(np.array(list(weights)), count), start=1):
+        files.append(f"model-0000{index}-of-0000{count}.safetensors")
+        save_file({str(name): weights[name] for name in names}, folder / files[-1])
+        weight_map |= dict.fromkeys(map(str, names), files[-1])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files
 
-    weights = init_params(MODEL, seed=1)
+
+def test_sharded_and_bfloat16_weights_are_read(tmp_path):
+    weights = {name: weight.astype(ml_dtypes.bfloat16) for name, weight in init_params(MODEL, seed=1).items()}
     save_folder(tmp_path / "folder", MODEL, weights)
-    (tmp_path / "folder" / "model.safetensors").unlink()
-    halves = np.array_split(np.array(list(weights)), 2)
-    for index, names in enumerate(halves, start=1):
-        shard = {str(name): weights[name].astype(ml_dtypes.bfloat16) for name in names}
-        save_file(shard, tmp_path / "folder" / f"model-0000{index}-of-00002.safetensors")
+    shard(tmp_path / "folder", weights)
     _, loaded = load_folder(tmp_path / "folder")
     for name, weight in weights.items():
-        np.testing.assert_array_equal(loaded[name], weight.astype(ml_dtypes.bfloat16).astype(np.float32))
+        assert loaded[name].dtype == weight.dtype
+        np.testing.assert_array_equal(loaded[name], weight)
+
+
+def test_everything_wrong_with_shards_is_said_at_once(tmp_path):
+    """From the headers alone: one shard absent, one cut short, a tensor twice, a shape, a dtype, a stranger."""
+    folder, weights = tmp_path / "folder", init_params(MODEL, seed=0)
+    save_folder(folder, MODEL, weights)
+    files = shard(folder, weights, count=4)
+    (folder / files[3]).unlink()
+    (folder / files[2]).write_bytes((folder / files[2]).read_bytes()[:-4])
+    names = [list(load_file(folder / file)) for file in files[:2]]
+    second = {name: weights[name] for name in names[1]} | {names[0][0]: weights[names[0][0]]}
+    second[names[1][0]] = np.zeros((3, 2), np.float32)
+    second[names[1][1]] = weights[names[1][1]].astype(np.int32)
+    second["stranger"] = np.zeros(2, np.float32)
+    save_file(second, folder / files[1])
+    with pytest.raises(UserError) as caught:
+        load_folder(folder)
+    for part in (
+        f"{files[3]} is absent, though the index names it",
+        f"{files[2]} is cut short",
+        f"{names[0][0]} is both in {files[0]} and in {files[1]}",
+        f"{names[1][0]} has shape (3, 2), the configuration says",
+        f"{names[1][1]} has dtype I32, not one of F64, F32, F16, BF16",
+        "unexpected stranger (2,)",
+    ):
+        assert part in str(caught.value)
+    assert "missing" not in str(caught.value), "one complaint about an unreadable file is enough"
+
+
+def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    weights = init_params(MODEL, seed=0)
+    save_folder(tmp_path / "folder", MODEL, weights)
+    files = sorted(path.name for path in (tmp_path / "folder").glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    # The embedding alone is 36,000 bytes and has a file to itself; the others share.
+    assert sorted(len(load_file(tmp_path / "folder" / file)) for file in files)[0] == 1 < len(files) < len(weights)
+    _, loaded = load_folder(tmp_path / "folder")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(loaded[name], weight)
+        np.testing.assert_array_equal(theirs.get_parameter(name).detach().numpy(), weight)
+
+
+def test_a_tied_folder_may_hold_its_head_twice(tmp_path):
+    weights = init_params(MODEL, seed=0)
+    save_folder(tmp_path / "folder", MODEL, weights)
+    twice = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    save_file(twice, tmp_path / "folder" / "model.safetensors")
+    assert load_folder(tmp_path / "folder")[1].keys() == weights.keys()
+
+
+def test_windows_that_are_not_in_the_last_layers_are_refused():
+    values = to_hf_config(dataclasses.replace(MODEL, sliding_window=7, max_window_layers=1))
+    assert from_hf_config(values | {"layer_types": ["full_attention", "sliding_attention"]}).max_window_layers == 1
+    with pytest.raises(UserError, match="only the last layers may have the window"):
+        from_hf_config(values | {"layer_types": ["sliding_attention", "full_attention"]})
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["export"]], ids=["inspect", "export"])
+def test_the_commands_refuse_in_one_line(command, tmp_path, capsys, monkeypatch):
+    save_folder(tmp_path / "folder", MODEL, init_params(MODEL, seed=0))
+    folder = str(tmp_path / "folder")
+    lines = {"inspect": ([str(tmp_path)], "holds no config.json"), "export": ([folder, folder], "exists already")}
+    arguments, message = lines[command[0]]
+    for argv, part in ((command + arguments, message), (["convert"], "is not a command"), ([], "no command")):
+        monkeypatch.setattr("sys.argv", ["checkpoint", *argv])
+        assert cli.run(checkpoint.main) == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1 and part in stderr
+
+
+def test_export_changes_the_dtype_and_nothing_else(tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights, out = init_params(MODEL, seed=0), tmp_path / "out"
+    tokenizer = train_bpe(["To be, or not to be, that is the question.\n" * 20], 300)
+    save_folder(tmp_path / "run" / "best", MODEL, weights, tokenizer)
+    values = json.loads((tmp_path / "run" / "best" / "config.json").read_text()) | {"unknown_to_us": 7}
+    (tmp_path / "run" / "best" / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("sys.argv", ["checkpoint", "export", str(tmp_path / "run"), str(out)])
+    assert cli.run(checkpoint.main) == 0 and capsys.readouterr().out == f"{out}\n"
+    assert json.loads((out / "config.json").read_text()) == values | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    model, exported = load_folder(out)
+    assert model == MODEL
+    for name, weight in weights.items():
+        assert exported[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(exported[name], weight.astype(ml_dtypes.bfloat16))
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    assert {str(parameter.dtype) for parameter in theirs.parameters()} == {"torch.bfloat16"}
+    assert AutoTokenizer.from_pretrained(out)("that")["input_ids"] == tokenizer.encode("that")
+
+
+def test_inspect_says_what_a_folder_holds(tmp_path, capsys, monkeypatch):
+    weights = init_params(MODEL, seed=0)
+    weights["model.norm.weight"][3] = np.nan
+    save_folder(tmp_path / "best", MODEL, weights)
+    monkeypatch.setattr("sys.argv", ["checkpoint", "inspect", str(tmp_path)])
+    assert cli.run(checkpoint.main) == 0
+    said = capsys.readouterr().out
+    for part in (
+        str(tmp_path / "best"),
+        "hidden_size=30",
+        "rope_theta=12345.0",
+        "F32",
+        "NOT FINITE: model.norm.weight",
+    ):
+        assert part in said
+    total = sum(weight.size for weight in weights.values())
+    assert f"{total:,} (" in said and f"{len(weights)} tensors" in said and f"{4 * total:,} bytes" in said
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path):

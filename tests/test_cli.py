@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 
 import train_jax
 import train_torch
+from recipe.checkpoint import to_hf_config
 from recipe.cli import parse, parse_run_config, run
 from recipe.config import ModelConfig, require, to_dict
 from recipe.presets import PRESETS, get_preset
@@ -157,6 +159,70 @@ def test_an_automatic_name_that_is_taken_is_numbered(empty_folder):
         out.mkdir(parents=True)
         (out / "run.json").write_text("{}")
     assert parse_run_config([], framework="torch").out == "runs/tiny-torch"
+
+
+@pytest.fixture
+def begun(empty_folder):
+    """A run folder with a state: only what the command line reads of it."""
+    config = dataclasses.replace(get_preset("tiny"), out="elsewhere", steps=50, seed=9)
+    (empty_folder / "mine" / "last").mkdir(parents=True)
+    (empty_folder / "mine" / "last" / "run.json").write_text(json.dumps({"format": 1, "config": to_dict(config)}))
+    return dataclasses.replace(config, out="mine", resume="mine")
+
+
+def test_a_run_is_resumed_as_it_was_begun(begun):
+    for framework in ENTRIES:
+        assert parse_run_config(["--resume", "mine"], framework=framework) == begun
+    same = ["--resume=mine", "--steps", "50", "--model.hidden_size", "192", "--preset", "tiny"]
+    assert parse_run_config(same, framework="jax") == begun
+    free = parse_run_config(["--resume", "mine", "--log_every", "7", "--save-every", "9"], framework="jax")
+    assert free == dataclasses.replace(begun, log_every=7, save_every=9)
+
+
+CONFLICTS = {
+    "--seed 3": ["seed=3 (begun with 9)"],
+    "--steps 60": ["steps=60 (begun with 50)", "the learning-rate schedule spans all steps"],
+    "--model.hidden_size 64": ["model.hidden_size=64 (begun with 192)"],
+    "--batch-size 4 --accumulation 2": ["batch_size=4 (begun with 16)", "accumulation=2 (begun with 1)"],
+    "--data.corpus stdlib": ["data.corpus=stdlib (begun with shakespeare)"],
+    "--muon.learning_rate 0.1": ["muon.learning_rate=0.1"],
+    "--precision.compute bfloat16": ["precision.compute=bfloat16"],
+    "--preset seed": ["preset=seed (begun with tiny)"],
+    "--out other": ["out=other"],
+}
+
+
+@pytest.mark.parametrize("line", CONFLICTS)
+def test_what_would_make_another_run_is_refused(line, begun, empty_folder):
+    code, stderr = start(train_torch, "--resume", "mine", *line.split())
+    assert code == 2 and stderr.count("\n") == 1
+    for part in [*CONFLICTS[line], "--init mine/last"]:
+        assert part in stderr
+    assert sorted(path.name for path in empty_folder.rglob("*")) == ["last", "mine", "run.json"]
+
+
+@pytest.mark.parametrize(("folder", "part"), [("nowhere", "is not a folder"), (".", "holds no last/run.json")])
+def test_only_a_run_with_a_state_is_resumed(folder, part, empty_folder):
+    code, stderr = start(train_jax, "--resume", folder)
+    assert (code, stderr.count("\n")) == (2, 1) and part in stderr
+
+
+def test_a_state_set_aside_by_a_killed_run_is_found(begun, empty_folder):
+    (empty_folder / "mine" / "last").rename(empty_folder / "mine" / ".last-old")
+    assert parse_run_config(["--resume", "mine"], framework="jax") == begun
+
+
+def test_weights_to_begin_with_bring_model_and_tokenizer(empty_folder):
+    model = ModelConfig(vocab_size=300, max_position_embeddings=128, rope_theta=5e5)
+    (empty_folder / "weights").mkdir()
+    (empty_folder / "weights" / "config.json").write_text(json.dumps(to_hf_config(model)))
+    config = parse_run_config(["--init", "weights", "--model.dropout", "0.1"], framework="jax")
+    assert config.model == dataclasses.replace(model, dropout=0.1) and config.sequence_length == 128
+    assert (config.init, config.data.tokenizer, config.out) == ("weights", "bpe", "runs/tiny-jax")
+    (empty_folder / "weights" / "tokenizer.json").write_text("{}")
+    assert parse_run_config(["--init", "weights"], framework="jax").data.tokenizer == "weights"
+    code, stderr = start(train_jax, "--init", "nowhere")
+    assert (code, stderr.count("\n")) == (2, 1) and "nowhere holds no config.json" in stderr
 
 
 def test_the_entries_hand_the_config_to_their_framework(monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from parity_tests.tolerance import UNIT_ROUNDOFF, check
 from recipe.checkpoint import load_folder
+from recipe.runlog import read_metrics
+from recipe.state import load_state
 from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +116,87 @@ def test_prompts_are_asked_for_one_after_another(folder, runs):
     assert "the dog" in done.stdout and "the fox" in done.stdout and "never" not in done.stdout
 
 
+SIGNALLED = """
+import os, sys
+import recipe.data
+from recipe.cli import run
+
+script, number, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+original = recipe.data.Dataset.batch
+
+
+def batch(self, step, **shape):
+    if step == wanted:
+        os.kill(os.getpid(), number)
+    return original(self, step, **shape)
+
+
+recipe.data.Dataset.batch = batch
+sys.argv = [script, *sys.argv[4:]]
+sys.exit(run(__import__(script).main))
+"""
+"""A training script whose process is sent a signal when it asks for batch `wanted`."""
+
+
+def signalled(folder: Path, framework: str, number: int, wanted: int, out: Path) -> subprocess.CompletedProcess:
+    arguments = [*SMALL, "--save_every", "3", "--data.corpus", str(folder / "corpus"), "--out", str(out)]
+    return command("-c", SIGNALLED, f"train_{framework}", str(number), str(wanted), *arguments, cwd=folder)
+
+
+def measured(run: Path) -> list[dict]:
+    """The records of a run without the clock's part."""
+    clock = {"tok_s", "dt_ms", "seconds"}
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run) if r["kind"] != "resume"]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_bit_for_bit(folder, runs, framework, tmp_path):
+    done = signalled(folder, framework, signal.SIGKILL, 5, tmp_path / "run")
+    assert done.returncode == -signal.SIGKILL
+    assert load_state(tmp_path / "run" / "last").position == 3
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    done = command(f"train_{framework}.py", "--resume", str(tmp_path / "run"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "resumed    after step 3: 3 updates, 0 skipped" in done.stdout
+    assert measured(tmp_path / "run") == measured(folder / framework)
+    for part in ("best", "last"):
+        resumed, whole = (load_folder(run / part)[1] for run in (tmp_path / "run", folder / framework))
+        for name, weight in whole.items():
+            np.testing.assert_array_equal(resumed[name], weight, err_msg=f"{part} {name}")
+    slots, expected = (load_state(run / "last").slots for run in (tmp_path / "run", folder / framework))
+    for slot, arrays in expected.items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(slots[slot][name], array, err_msg=f"{slot} {name}")
+    assert (tmp_path / "run" / "samples.txt").read_text() == (folder / framework / "samples.txt").read_text()
+
+    # The copy goes on in the other framework: one log, as close as two frameworks are (parity_tests/test_state.py).
+    other = {"jax": "torch", "torch": "jax"}[framework]
+    done = command(f"train_{other}.py", "--resume", str(tmp_path / "other"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    records, whole = measured(tmp_path / "other"), measured(folder / framework)
+    assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in whole]
+    losses = [[round(r["loss"], 1) for r in rows if "loss" in r] for rows in (records, whole)]
+    assert losses[0] == losses[1]
+    assert json.loads((tmp_path / "other" / "last" / "run.json").read_text())["framework"] == other
+
+
+def test_a_signal_ends_a_run_with_its_state_saved(folder, tmp_path):
+    done = signalled(folder, "torch", signal.SIGTERM, 3, tmp_path / "run")
+    assert done.returncode == 143 and "Traceback" not in done.stderr
+    assert load_state(tmp_path / "run" / "last").position == 4
+
+
+def test_a_run_begins_with_given_weights(folder, runs, tmp_path):
+    best = str(folder / "jax" / "best")
+    arguments = [*SMALL, "--steps", "1", "--data.corpus", str(folder / "corpus"), "--out", str(tmp_path / "run")]
+    done = command("train_torch.py", *arguments, "--init", best, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    first, *_ = [record["loss"] for record in measured(tmp_path / "run") if record["kind"] == "validation"]
+    begun = [record["loss"] for record in measured(folder / "jax") if record["kind"] == "validation"]
+    # The same weights on the same text, in the other framework: 2**-20 is 16 roundings of float32.
+    assert first == pytest.approx(min(begun), rel=2**-20)
+
+
 REFUSED = {
     "steps": (["--steps", "0"], "steps=0"),
     "learning rate": (["--muon.learning_rate", "nan"], "learning_rate=nan"),
@@ -156,8 +241,6 @@ def test_a_folder_that_holds_a_run_is_refused(folder, runs):
 
 
 def test_a_tokenizer_larger_than_the_weights_is_refused(folder, runs, tmp_path):
-    import shutil
-
     from recipe.tokenizer import train_bpe
 
     shutil.copytree(folder / "jax" / "best", tmp_path / "weights")

@@ -4,7 +4,7 @@ Twin: `jax_impl/train.py`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch_ref import random
 from torch_ref.generate import make_generator
 from torch_ref.model import Qwen3ForCausalLM
 from torch_ref.muon import MuonWithAdamW, clip_by_global_norm
-from torch_ref.weights import from_hf, to_hf
+from torch_ref.weights import from_hf, optimizer_slots, restore_optimizer, to_hf
 
 
 @dataclass
@@ -46,10 +46,18 @@ def make_optimizer(config: RunConfig, model: Qwen3ForCausalLM) -> MuonWithAdamW:
     return MuonWithAdamW(model, config.muon, config.adamw, ns_dtype=ns_dtype)
 
 
-def init_state(config: RunConfig, weights: dict[str, np.ndarray], device: str = "cpu") -> TrainState:
+def init_state(config: RunConfig, weights: Mapping[str, np.ndarray], device: str = "cpu") -> TrainState:
     """The state before the first update, on these weights."""
     model = from_hf(weights, config.model, config.precision, device)
     return TrainState(model, make_optimizer(config, model))
+
+
+def restore_state(
+    state: TrainState, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int
+) -> TrainState:
+    """The state with its weights, and with optimizer and counts where a saved run left them."""
+    restore_optimizer(state.optimizer, slots, updates)
+    return TrainState(state.model, state.optimizer, updates, skipped)
 
 
 def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, float]]]:
@@ -100,7 +108,7 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[torch.Tensor, torch.
 class Trainer:
     """The torch side of `recipe.loop.Trainer`."""
 
-    def __init__(self, config: RunConfig, weights: dict[str, np.ndarray]) -> None:
+    def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cuda.matmul.allow_tf32 = config.precision.matmul == "default"
         self.state = init_state(config, weights, self.device)
@@ -129,6 +137,15 @@ class Trainer:
 
     def weights(self) -> dict[str, np.ndarray]:
         return to_hf(dict(self.state.model.named_parameters()))
+
+    def slots(self) -> dict[str, dict[str, np.ndarray]]:
+        return optimizer_slots(self.state.optimizer)
+
+    def counts(self) -> tuple[int, int]:
+        return self.state.step, self.state.skipped
+
+    def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
+        self.state = restore_state(self.state, slots, updates, skipped)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)

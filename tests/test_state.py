@@ -1,0 +1,136 @@
+"""The training state's folder: what is written comes back, and what does not fit is refused in one line."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from recipe import checkpoint, cli
+from recipe.config import MuonConfig, PrecisionConfig, RunConfig, UserError
+from recipe.params import init_params, slot_shapes
+from recipe.state import SLOTS, TrainingState, load_state, save_state
+from tests.test_checkpoint import MODEL
+
+CONFIG = RunConfig(
+    model=dataclasses.replace(MODEL, dropout=0.1, attention_bias=True, tie_word_embeddings=False),
+    precision=PrecisionConfig(params="float64", compute="float64", newton_schulz="float64"),
+    muon=MuonConfig(learning_rate=0.03),
+    prompts=("a", "b"),
+    sequence_length=16,
+    seed=5,
+)
+ABOUT = {"framework": "abacus", "versions": {"numpy": "2"}}
+
+
+def state(**changes) -> TrainingState:
+    generator = np.random.default_rng(0)
+    weights = {name: weight.astype(np.float64) + 2**-40 for name, weight in init_params(CONFIG.model, seed=0).items()}
+    slots = {slot: {} for slot in SLOTS}
+    for name, shape in slot_shapes(CONFIG.model).items():
+        slot, _, parameter = name.partition(".")
+        slots[slot][parameter] = generator.standard_normal(shape)
+    values = dict(updates=40, skipped=2, best=3.25, text="abc") | changes
+    return TrainingState(CONFIG, weights, slots, **values)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("state") / "last"
+    save_state(folder, state(), None, ABOUT)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "last")
+
+
+def test_a_saved_state_comes_back_bit_for_bit(written):
+    expected, loaded = state(), load_state(written)
+    assert loaded.config == CONFIG
+    assert (loaded.updates, loaded.skipped, loaded.position, loaded.best, loaded.text) == (40, 2, 42, 3.25, "abc")
+    for name, weight in expected.weights.items():
+        np.testing.assert_array_equal(loaded.weights[name], weight, err_msg=name)
+    for slot in SLOTS:
+        assert loaded.slots[slot].keys() == expected.slots[slot].keys() != set()
+        for name, array in expected.slots[slot].items():
+            np.testing.assert_array_equal(loaded.slots[slot][name], array, err_msg=f"{slot} {name}")
+    run = json.loads((written / "run.json").read_text())
+    assert {"framework": "abacus", "seed": 5, "position": 42, "format": 1}.items() <= run.items()
+
+
+def test_the_slots_have_the_names_of_the_contract(written):
+    stored = load_file(written / "optimizer.safetensors")
+    assert {name: array.shape for name, array in stored.items()} == slot_shapes(CONFIG.model)
+    assert "mu.model.layers.0.self_attn.q_proj.weight" in stored and "exp_avg_sq.lm_head.weight" in stored
+    assert not any(name.startswith("mu.") and name.endswith((".bias", "norm.weight")) for name in stored)
+
+
+def test_no_evaluation_yet_is_an_infinite_best(tmp_path):
+    save_state(tmp_path / "last", state(best=math.inf), None, ABOUT)
+    assert load_state(tmp_path / "last").best == math.inf
+
+
+def test_a_state_is_weights_too(written):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(written, dtype="float64")
+    for name, weight in state().weights.items():
+        np.testing.assert_array_equal(theirs.get_parameter(name).detach().numpy(), weight, err_msg=name)
+
+
+def test_every_wrong_slot_is_named_at_once(folder):
+    stored = load_file(folder / "optimizer.safetensors")
+    del stored["mu.model.layers.0.mlp.up_proj.weight"]
+    stored["mu.model.norm.weight"] = np.zeros(30)
+    stored["exp_avg.model.norm.weight"] = np.zeros(29)
+    save_file(stored, folder / "optimizer.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_state(folder)
+    for part in (
+        "missing mu.model.layers.0.mlp.up_proj.weight (14, 30)",
+        "unexpected mu.model.norm.weight (30,)",
+        "exp_avg.model.norm.weight has shape (29,), the configuration says (30,)",
+    ):
+        assert part in str(caught.value)
+
+
+REFUSED = {
+    "format": ({"format": 2}, "has format 2, this version reads 1"),
+    "position": ({"position": 40}, "40 updates and 2 skipped ones do not make position 40"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_run_json_must_not_say_is_refused(case, folder):
+    change, message = REFUSED[case]
+    values = json.loads((folder / "run.json").read_text()) | change
+    (folder / "run.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        load_state(folder)
+
+
+def test_damaged_files_are_told(folder):
+    (folder / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is not a safetensors file"):
+        load_state(folder)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json is not JSON"):
+        load_state(folder)
+    (folder / "run.json").unlink()
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        load_state(folder)
+
+
+def test_inspect_tells_steps_slots_and_norms(written, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["checkpoint", "inspect", str(written)])
+    assert cli.run(checkpoint.main) == 0
+    said = capsys.readouterr().out
+    assert "step 42 of 100: 40 updates, 2 skipped, best validation loss 3.2500, by abacus at " in said
+    for slot, arrays in state().slots.items():
+        norm = math.sqrt(sum(float(np.sum(array**2)) for array in arrays.values()))
+        assert f"{slot:<10} {len(arrays)} tensors of norm {norm:.6g}" in said
