@@ -104,7 +104,7 @@ def measure(seeds: int, steps: int) -> dict[str, dict[str, list]]:
                 runs = truths if (name, side) == ("float64", "torch") else updates(side, precision, seed, steps)
                 drifts, losses = [], []
                 for entry, truth in zip(runs, truths, strict=True):
-                    drifts.append(drift(entry, truth))
+                    drifts.append({kind: float(f"{error:.3g}") for kind, error in drift(entry, truth).items()})
                     losses.append(float(entry["metric"]["loss"]))
                 found[name][side].append({"drift": drifts, "loss": losses})
                 bar.update()
