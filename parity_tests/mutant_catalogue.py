@@ -156,7 +156,7 @@ MUTANTS = (
         "recipe.checkpoint",
         '"rope_theta": config.rope_theta},',
         '"rope_theta": 10_000.0 * 1.5},',
-        HF + "[tied-jax]",
+        "tests/test_checkpoint.py::test_a_saved_folder_comes_back_bit_for_bit",
     ),
     # The model, backward and loss.
     Mutant(

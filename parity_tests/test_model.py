@@ -166,12 +166,16 @@ def test_evaluation_numbers(dtype):
     case, logits, allowance = comparison.case, comparison.truths["logits"], comparison.allowances["loss"]
     # By the definitions: the sum of -log softmax(logits)[target], and the targets that have the largest logit.
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = -np.take_along_axis(log_probs, case.targets[..., None], axis=-1).sum()
-    check("mean of the definition", comparison.truths["loss"], expected / case.targets.size, allowance)
+    expected = -np.take_along_axis(log_probs, case.targets[..., None], axis=-1).mean()
+    check("mean of the definition", comparison.truths["loss"], expected, allowance)
+    # Random targets are hardly ever the likeliest tokens, so a row of them is made so.
+    targets = case.targets.copy()
+    targets[0] = logits[0].argmax(-1)
+    expected = -np.take_along_axis(log_probs, targets[..., None], axis=-1).sum()
     for name, side in {"jax": comparison.jax, "torch": comparison.torch}.items():
-        loss, correct = side.evaluate(case.inputs, case.targets)
+        loss, correct = side.evaluate(case.inputs, targets)
         check(f"evaluation loss, {name}", np.array(loss), expected, allowance)
-        assert correct == (logits.argmax(-1) == case.targets).sum()
+        assert correct == (logits.argmax(-1) == targets).sum() >= case.length
 
 
 def _matrices_off_by(allowance: float, weights: Arrays) -> Arrays:
