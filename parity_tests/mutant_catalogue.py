@@ -41,6 +41,11 @@ ORTHO = "parity_tests/test_newton_schulz.py"
 MUON_TESTS = "parity_tests/test_muon.py"
 HYBRID = "parity_tests/test_hybrid.py"
 GENERATION = "parity_tests/test_generation.py"
+STATE = "parity_tests/test_state.py::test_a_run_goes_on_in_the"
+SAME_JAX = STATE + "_same_framework_bit_for_bit[jax-float64-6]"
+SAME_TORCH = STATE + "_same_framework_bit_for_bit[torch-float64-6]"
+TO_TORCH = STATE + "_other_framework[jax-torch-float64-6]"
+KILLED = "tests/test_loop.py::test_a_killed_run_resumed_equals_an_uninterrupted_one"
 
 MUTANTS = (
     # The model, forward.
@@ -375,6 +380,99 @@ MUTANTS = (
         "[0, length - 1]",
         "[0, length - 2]",
         GENERATION,
+    ),
+    # The training state.
+    Mutant(
+        "momentum transposed on load",
+        "jax_impl.weights",
+        "from_array(slots[slot][hf_name(path)], path, leaf.dtype) if",
+        "jnp.asarray(slots[slot][hf_name(path)].reshape(leaf.shape), leaf.dtype) if",
+        SAME_JAX,
+    ),
+    Mutant(
+        "exp_avg and exp_avg_sq swapped on load",
+        "jax_impl.weights",
+        'mu=filled(adam_state.mu, "exp_avg"), nu=filled(adam_state.nu, "exp_avg_sq")',
+        'mu=filled(adam_state.mu, "exp_avg_sq"), nu=filled(adam_state.nu, "exp_avg")',
+        SAME_JAX,
+    ),
+    Mutant(
+        "exp_avg and exp_avg_sq swapped on save",
+        "jax_impl.weights",
+        '"exp_avg": adam_state.mu, "exp_avg_sq": adam_state.nu}',
+        '"exp_avg": adam_state.nu, "exp_avg_sq": adam_state.mu}',
+        TO_TORCH,
+    ),
+    Mutant(
+        "optimizer's count of updates not restored",
+        "jax_impl.weights",
+        "jnp.full_like(leaf, updates)",
+        "jnp.zeros_like(leaf)",
+        SAME_JAX,
+    ),
+    Mutant(
+        "torch's Adam starts its bias correction again",
+        "torch_ref.weights",
+        "torch.tensor(float(updates))",
+        "torch.tensor(0.0)",
+        SAME_TORCH,
+    ),
+    Mutant(
+        "learning-rate schedule starts again",
+        "torch_ref.train",
+        "return TrainState(state.model, state.optimizer, updates, skipped)",
+        "return TrainState(state.model, state.optimizer, 0, skipped)",
+        SAME_TORCH,
+    ),
+    Mutant(
+        "skipped count lost",
+        TRAIN,
+        "jnp.asarray(skipped, jnp.int32)",
+        "jnp.zeros((), jnp.int32)",
+        SAME_JAX,
+    ),
+    Mutant(
+        "state rounded to float32",
+        "recipe.state",
+        "dtype = state.config.precision.params",
+        'dtype = "float32"',
+        SAME_TORCH,
+    ),
+    Mutant(
+        "data position restarted",
+        "recipe.loop",
+        "position, best = state.position, state.best",
+        "position, best = 0, state.best",
+        KILLED + "[5]",
+    ),
+    Mutant(
+        "skipped batches used again",
+        "recipe.state",
+        "return self.updates + self.skipped",
+        "return self.updates",
+        KILLED + "[8]",
+    ),
+    Mutant(
+        "best loss forgotten, so worse weights become best/",
+        "recipe.state",
+        "best=math.inf if best is None else best,",
+        "best=math.inf,",
+        KILLED + "[11]",
+    ),
+    Mutant(
+        "state saved in place",
+        "recipe.checkpoint",
+        '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
+        "    shutil.rmtree(folder, ignore_errors=True)\n"
+        '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
+        "tests/test_loop.py::test_a_run_killed_while_saving_goes_on_from_the_state_before",
+    ),
+    Mutant(
+        "records of undone updates kept in the log",
+        "recipe.runlog",
+        '(record["step"] > step) == later',
+        '(record["step"] > step + 99) == later',
+        "tests/test_loop.py::test_what_a_resumed_run_makes_again_is_kept_aside",
     ),
 )
 

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = qwen3_0_6b().model
 SIZES = {"bfloat16": 2, "float32": 4}
 NEAR = 1.25
-"""Near one copy: the rest is one tensor on its way and what the heap leaves unused between arrays that stay (an eighth in
-JAX, next to nothing in torch). A second copy would be 2, all weights widened beside bfloat16 parameters 3."""
+"""Near one copy: the rest is one tensor on its way and what the heap leaves unused between arrays that stay, an eighth
+in JAX. A second copy would make it 2, all weights widened beside bfloat16 parameters 3."""
 
 LOAD = """
 import json, sys, time
