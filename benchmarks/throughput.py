@@ -354,12 +354,13 @@ class _Benchmark:
     def _visit(self, modes: list[str], rounds: int, *, parts: bool) -> None:
         """Start these modes together, compare, and measure so many rounds; without rounds only the first update."""
         workers: list[Worker] = []
+        described = {}
         try:
             for mode in modes:
-                cache = self.caches / mode
                 flags = XLA_PRESETS[self.options.xla_preset]
-                workers.append(Worker(mode, self.config, self.cpus, cache, flags))
-            self._begin(workers)
+                workers.append(Worker(mode, self.config, self.cpus, self.caches / mode, flags))
+                described[mode] = workers[-1].receive()  # one after another, as starting is timed
+            self._begin(workers, described)
             if rounds and workers:
                 self._measure(workers, rounds)
             if parts and workers:
@@ -368,9 +369,8 @@ class _Benchmark:
             for worker in workers:
                 worker.close()
 
-    def _begin(self, workers: list[Worker]) -> None:
+    def _begin(self, workers: list[Worker], described: dict[str, dict]) -> None:
         """The contract and the first update of each; a mode that this backend does not have is closed and removed."""
-        described = {worker.mode: worker.receive() for worker in workers}
         for mode, answer in described.items():
             print(f"{mode}: {json.dumps(answer['contract'])}", flush=True)
         known = {mode: one.description for mode, one in self.measured.items()}

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from recipe.checkpoint import save_folder
-from recipe.config import RunConfig, require, to_dict
+from recipe.config import PROFILE_AFTER, RunConfig, require, to_dict
 from recipe.data import Dataset, ngram_baselines, prepare
 from recipe.params import init_params, param_counts
 from recipe.runlog import RunLog, plot_runs
@@ -40,6 +40,9 @@ class Trainer(Protocol):
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
+
+    def profile(self, folder: Path) -> contextlib.AbstractContextManager:
+        """Trace the updates made inside into the folder."""
 
 
 def describe(config: RunConfig, environment: Mapping) -> list[str]:
@@ -100,7 +103,7 @@ def _describe_data(config: RunConfig, dataset: Dataset) -> str:
 
 def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog) -> float:
     """All updates, with evaluations between them; returns the best validation loss."""
-    folder, best = Path(config.out), math.inf
+    folder, best, tracing = Path(config.out), math.inf, contextlib.ExitStack()
 
     def evaluate(step: int) -> None:
         nonlocal best
@@ -117,7 +120,11 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
         evaluate(0)
         pending, since = [], time.perf_counter()
         for step in range(1, config.steps + 1):
+            if config.profile_steps and step == PROFILE_AFTER + 1:
+                tracing.enter_context(trainer.profile(folder / "profile"))
             pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
+            if step == PROFILE_AFTER + config.profile_steps:
+                tracing.close()
             last = step == config.steps or step % config.eval_every == 0
             # Reading a result waits for the device, so several updates are read at once where they are fast.
             due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
@@ -131,6 +138,7 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
                     evaluate(step)
                 since = time.perf_counter()
     finally:
+        tracing.close()
         # Also on Ctrl-C: what was learnt is kept.
         with contextlib.suppress(KeyboardInterrupt):
             save_folder(folder / "last", config.model, trainer.weights(), dataset.tokenizer)
