@@ -26,7 +26,8 @@ def attention(q_BTNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, 
         return F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, is_causal=True).transpose(1, 2)
     scores_BNTS = q_BNTH @ k_BNSH.mT / math.sqrt(q_BNTH.shape[-1])
     future_TS = torch.ones(T, T, dtype=torch.bool, device=q_BTNH.device).triu(1)
-    probs_BNTS = torch.softmax(scores_BNTS.float().masked_fill(future_TS, -math.inf), dim=-1)
+    # Under autocast the softmax comes out in float32.
+    probs_BNTS = torch.softmax(scores_BNTS.masked_fill(future_TS, -math.inf), dim=-1)
     return (probs_BNTS.to(v_BNSH.dtype) @ v_BNSH).transpose(1, 2)
 
 

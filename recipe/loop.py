@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -103,7 +103,7 @@ def _describe_data(config: RunConfig, dataset: Dataset) -> str:
 
 def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog) -> float:
     """All updates, with evaluations between them; returns the best validation loss."""
-    folder, best, tracing = Path(config.out), math.inf, contextlib.ExitStack()
+    folder, best = Path(config.out), math.inf
 
     def evaluate(step: int) -> None:
         nonlocal best
@@ -119,12 +119,8 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
     try:
         evaluate(0)
         pending, since = [], time.perf_counter()
-        for step in range(1, config.steps + 1):
-            if config.profile_steps and step == PROFILE_AFTER + 1:
-                tracing.enter_context(trainer.profile(folder / "profile"))
+        for step in _traced(range(1, config.steps + 1), config, trainer):
             pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
-            if step == PROFILE_AFTER + config.profile_steps:
-                tracing.close()
             last = step == config.steps or step % config.eval_every == 0
             # Reading a result waits for the device, so several updates are read at once where they are fast.
             due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
@@ -138,11 +134,21 @@ def _optimize(config: RunConfig, dataset: Dataset, trainer: Trainer, log: RunLog
                     evaluate(step)
                 since = time.perf_counter()
     finally:
-        tracing.close()
         # Also on Ctrl-C: what was learnt is kept.
         with contextlib.suppress(KeyboardInterrupt):
             save_folder(folder / "last", config.model, trainer.weights(), dataset.tokenizer)
     return best
+
+
+def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterator[int]:
+    """The steps; the trainer traces `profile_steps` of them after the first PROFILE_AFTER."""
+    with contextlib.ExitStack() as trace:
+        for done, step in enumerate(steps):
+            if config.profile_steps and done == PROFILE_AFTER:
+                trace.enter_context(trainer.profile(Path(config.out) / "profile"))
+            if done == PROFILE_AFTER + config.profile_steps:
+                trace.close()
+            yield step
 
 
 def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path) -> list[str]:
