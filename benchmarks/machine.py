@@ -1,7 +1,9 @@
-"""What the kernel says about this machine and its processes. Linux only, as it reads /proc and /sys."""
+"""What the kernel and the GPU's driver say about this machine. Linux only, as it reads /proc and /sys."""
 
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 TICK = 1.0 / os.sysconf("SC_CLK_TCK")
 """Seconds; the kernel's unit of CPU time."""
@@ -59,3 +61,22 @@ def reset_peak_memory() -> bool:
     except OSError:
         return False
     return True
+
+
+def gpu_state() -> dict[str, Any] | None:
+    """Utilisation (a share), bytes in use, SM clock and temperature of the first NVIDIA GPU; None without one."""
+    fields = "name,utilization.gpu,memory.used,clocks.sm,temperature.gpu,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        name, utilisation, megabytes, clock, celsius, driver = map(str.strip, done.stdout.splitlines()[0].split(","))
+        return {
+            "name": name,
+            "utilisation": float(utilisation) / 100.0,
+            "bytes": int(megabytes) * 2**20,
+            "sm_megahertz": int(clock),
+            "celsius": int(celsius),
+            "driver": driver,
+        }
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None

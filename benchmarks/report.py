@@ -1,4 +1,4 @@
-"""Results on paper: the statistics of a row, JSON lines, a Markdown table and a bar chart.
+"""Results on paper: the statistics of a row, JSON lines, Markdown tables, a bar chart, and curves over a sweep.
 
 `python -m benchmarks.report A.jsonl B.jsonl --out NAME` puts several results into one table and one picture.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.job import PARTS
 from recipe.cli import parse, run
 from recipe.config import require
 
@@ -20,6 +21,7 @@ COLOURS = {
     "torch-compile": "#d55e00",
     "torch-compile-max": "#cc79a7",
     "hf": "#7f7f7f",
+    "seed": "#009e73",
 }
 """One colour per mode in every picture, told apart by colour-blind readers too (Okabe and Ito's palette)."""
 
@@ -54,7 +56,7 @@ def summarise(
 
 
 def _files(out: str) -> list[Path]:
-    return [Path(f"{out}.{ending}") for ending in ("jsonl", "md", "png")]
+    return [Path(f"{out}{ending}") for ending in (".jsonl", ".md", ".png", "-scaling.png")]
 
 
 def check_free(out: str) -> None:
@@ -65,14 +67,22 @@ def check_free(out: str) -> None:
 
 
 def write(rows: list[dict[str, Any]], out: str) -> list[Path]:
-    """Write OUT.jsonl, OUT.md and OUT.png; returns their paths."""
+    """Write OUT.jsonl, OUT.md, OUT.png and, of several shapes, OUT-scaling.png; returns their paths."""
     check_free(out)
-    lines, table, picture = _files(out)
+    lines, table, bars, curves = _files(out)
     lines.parent.mkdir(parents=True, exist_ok=True)
     lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
     table.write_text(markdown(rows), encoding="utf-8")
-    plot(rows, picture)
-    return [lines, table, picture]
+    plot(rows, bars)
+    return [lines, table, bars, *([curves] if plot_scaling(rows, curves) else [])]
+
+
+def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows by benchmark and shape, each group one row per mode."""
+    by_key: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_key.setdefault((row["date"], row["command"], title(row)), []).append(row)
+    return list(by_key.values())
 
 
 def device(row: dict[str, Any]) -> str:
@@ -92,8 +102,7 @@ def title(row: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One table per benchmark: what was run and where, then a line per mode."""
     text = []
-    for command in dict.fromkeys((row["command"], row["date"]) for row in rows):
-        group = [row for row in rows if (row["command"], row["date"]) == command]
+    for group in groups(rows):
         first = group[0]
         versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "torch", "transformers"))
         differences, allowed = first["first_update_differences"], first["first_update_allowances"]
@@ -108,14 +117,38 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{first['updates_per_measurement']} updates. First losses differ by {differences['loss']:.1e} nats "
             f"(rounding explains {allowed['loss']:.1e}), gradient norms by {differences['grad_norm']:.1e} "
             f"({allowed['grad_norm']:.1e}).",
+            *(f"{mode} is missing or incomplete: {reason}." for mode, reason in first["failed"].items()),
             "",
             f"| mode | ms per update, median (min–max, MAD) | tokens/s | x {first['baseline']} (min–max) | MFU "
-            "| first update, s | peak memory, MiB | noise |",
-            "|---|--:|--:|--:|--:|--:|--:|---|",
+            "| optimizer / head and loss / attention | start to first update, s: cold (warm) | peak memory, MiB "
+            "| noise |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|---|",
             *(_line(row) for row in group),
             "",
+            *_parts_table(group),
         ]
     return "\n".join(text)
+
+
+def _parts_table(group: list[dict[str, Any]]) -> list[str]:
+    """Each part's time at the ceiling, then what it takes alone in every mode, with its share of that mode's update."""
+    timed = [row for row in group if row["parts"]]
+    if not timed:
+        return []
+    first = timed[0]
+    lines = [
+        "| part of an update, alone | at the ceiling, ms | " + " | ".join(f"{row['mode']}, ms" for row in timed) + " |",
+        "|---|--:" + "|--:" * len(timed) + "|",
+    ]
+    for name, what in PARTS.items():
+        cells = [row["parts"].get(name) for row in timed]
+        flops = next((cell["flops"] for cell in cells if cell), 0.0)
+        limit = 1e3 * flops / first["ceiling_flops_per_second"]
+        texts = [f"{1e3 * cell['seconds']:,.1f} ({cell['share']:.0%})" if cell else "–" for cell in cells]
+        lines.append(f"| {what} | {limit:,.1f} | " + " | ".join(texts) + " |")
+    limit = 1e3 * first["flops_per_update"] / first["ceiling_flops_per_second"]
+    texts = [f"{1e3 * row['seconds_per_update']['median']:,.1f}" for row in timed]
+    return [*lines, f"| the whole update | {limit:,.1f} | " + " | ".join(texts) + " |", ""]
 
 
 def peak_bytes(row: dict[str, Any]) -> int:
@@ -132,12 +165,15 @@ def _line(row: dict[str, Any]) -> str:
     memory = f"{peak_bytes(row) / 2**20:,.0f}"
     if row["contract"]["backend"] == "cpu" and row["memory"]["reset"]:
         memory += f" ({steady:,.0f} once compiled)"
-    foreign = max(row["foreign_cores"])
+    shares = [row["parts"].get(name) for name in ("optimizer", "cross_entropy", "attention")]
+    share = " / ".join(f"{part['share']:.0%}" for part in shares if part) or "–"
+    cold, warm = row["first_step_seconds"]["cold"], row["first_step_seconds"].get("warm")
+    first_step = f"{cold:.1f}" + ("" if warm is None else f" ({warm:.1f})")
     return (
         f"| {row['mode']} | {times['median']:,.1f} ({times['min']:,.1f}–{times['max']:,.1f}, {times['mad']:,.1f}) "
         f"| {row['tokens_per_second']:,.0f} | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
-        f"| {row['mfu']:.1%} | {row['first_update_seconds']:.1f} | {memory} "
-        f"| {'**noisy**, ' if row['noisy'] else ''}others used up to {foreign:.2f} cores |"
+        f"| {row['mfu']:.1%} | {share} | {first_step} | {memory} "
+        f"| {'**noisy**: ' + row['noise'] if row['noisy'] else 'within limits'} |"
     )
 
 
@@ -145,12 +181,10 @@ def plot(rows: list[dict[str, Any]], png: Path) -> None:
     """Bars of tokens per second, whiskers from the slowest to the fastest round, one group per benchmark."""
     from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
 
-    groups = list(dict.fromkeys((row["date"], row["command"]) for row in rows))
-    figure = Figure(figsize=(9, 1.3 + 0.34 * len(rows) + 0.5 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(9, 1.3 + 0.34 * len(rows) + 0.5 * len(groups(rows))), layout="constrained")
     axes = figure.add_subplot()
     position, ticks, labels = 0.0, [], []
-    for group in groups:
-        members = [row for row in rows if (row["date"], row["command"]) == group]
+    for members in groups(rows):
         axes.text(0, position, title(members[0]), va="center", fontsize=8)
         for row in members:
             position += 1
@@ -176,6 +210,48 @@ def plot(rows: list[dict[str, Any]], png: Path) -> None:
     figure.savefig(png, dpi=150)
 
 
+def plot_scaling(rows: list[dict[str, Any]], png: Path) -> bool:
+    """Curves of tokens per second and of peak memory over each size that varies; False, and no file, if none does.
+
+    A mode has one curve for every value of the other size; later values are drawn dashed, then dotted.
+    """
+    from matplotlib.figure import Figure
+
+    names = {"sequence_length": "tokens per sequence", "batch_size": "sequences per micro-batch"}
+    values = {name: sorted({row["config"][name] for row in rows}) for name in names}
+    varied = [name for name in names if len(values[name]) > 1]
+    if not varied:
+        return False
+    quantities = {
+        "training tokens per second": lambda row: row["tokens_per_second"],
+        "peak memory, MiB": lambda row: peak_bytes(row) / 2**20,
+    }
+    figure = Figure(figsize=(5.0 * len(varied), 7.0), layout="constrained")
+    grid = figure.subplots(2, len(varied), squeeze=False, sharex="col")
+    for column, name in enumerate(varied):
+        other = next(size for size in names if size != name)
+        for index, fixed in enumerate(values[other]):
+            for mode in dict.fromkeys(row["mode"] for row in rows):
+                curve = [row for row in rows if row["mode"] == mode and row["config"][other] == fixed]
+                curve.sort(key=lambda row: row["config"][name])
+                sizes = [row["config"][name] for row in curve]
+                label = mode + (f", {fixed} {names[other]}" if len(values[other]) > 1 else "")
+                style = {"color": COLOURS[mode], "linestyle": ("-", "--", ":")[index % 3], "marker": "o"}
+                for axes, quantity in zip(grid[:, column], quantities.values(), strict=True):
+                    axes.plot(sizes, [quantity(row) for row in curve], **style, label=label)
+        for axes, quantity in zip(grid[:, column], quantities, strict=True):
+            axes.set(ylabel=quantity, ylim=(0, None))
+            axes.grid(alpha=0.3)
+        grid[1, column].set_xlabel(names[name])
+        grid[1, column].set_xscale("log", base=2)
+        grid[1, column].set_xticks(values[name], [str(value) for value in values[name]])
+        grid[1, column].minorticks_off()
+    grid[0, 0].legend(fontsize="small")
+    figure.suptitle(f"{device(rows[0])}; {rows[0]['preset']}, {rows[0]['dtype']}", fontsize=9)
+    figure.savefig(png, dpi=150)
+    return True
+
+
 @dataclass(frozen=True)
 class ReportConfig:
     """Which results to put together."""
@@ -183,7 +259,7 @@ class ReportConfig:
     results: tuple[str, ...]
     """JSON lines files of `benchmarks.throughput`."""
     out: str
-    """Writes OUT.jsonl, OUT.md and OUT.png."""
+    """Writes OUT.jsonl, OUT.md, OUT.png and, of several shapes, OUT-scaling.png."""
 
 
 def main() -> None:

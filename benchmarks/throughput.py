@@ -1,7 +1,8 @@
 """Time training updates of both frameworks side by side: `python -m benchmarks.throughput --help`.
 
 One process per mode, each with the same weights, batches and precision; the driver imports no framework. It steps the
-workers in turn and reverses the order every round, so that noise and clock drift hit all alike.
+workers in turn and reverses the order every round, so that noise and clock drift hit all alike; or, `--exclusive`,
+gives each the machine to itself, twice, the second time in reverse order.
 """
 
 import contextlib
@@ -10,9 +11,12 @@ import json
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +32,34 @@ MODES = {
     "torch-compile": "benchmarks.worker_torch",
     "torch-compile-max": "benchmarks.worker_torch",
     "hf": "benchmarks.worker_torch",
+    "seed": "benchmarks.worker_torch",
 }
 """Mode -> the module of its worker."""
+
+XLA_PRESETS = {
+    "none": "",
+    # Loops and branches join the CUDA graphs that hold plain kernels by default.
+    "command-buffers": "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL",
+    "latency-hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "triton-gemm": "--xla_gpu_triton_gemm_any=true",
+}
+XLA_PRESETS["h100"] = " ".join(flags for flags in XLA_PRESETS.values() if flags)
+"""Flags of XLA's GPU compiler that may help, by name; none has been measured yet, and all are off by default."""
+
+# Environment variables that change how fast or how exactly a framework computes; a row lists those that are set.
+FLAG_PREFIXES = (
+    *("XLA_", "JAX_", "LIBTPU_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"),
+    *("MALLOC_", "GLIBC_", "LD_PRELOAD", "CUDA_", "NVIDIA_", "CUBLAS", "CUDNN"),
+)
 
 BASELINE = "torch-eager"
 # CPU cores that others may use during a measurement on a CPU, and how often a disturbed one is repeated.
 FOREIGN_CORES, REPEATS = 0.15, 3
+# On a GPU others cannot be told from ourselves while we measure: it must be idle before we begin (share of time in
+# use, bytes in use), and the rounds of a mode may differ by this share at most.
+IDLE_UTILISATION, IDLE_BYTES, SPREAD = 0.05, 2**30, 0.10
+# The parts of an update are timed this often, for this share of a round each; the median counts.
+PART_ROUNDS, PART_SHARE = 5, 0.25
 
 
 @dataclass(frozen=True)
@@ -42,10 +68,10 @@ class ThroughputConfig:
 
     preset: str = "tiny"
     """The model and recipe to time."""
-    batch_size: int | None = None
-    """Sequences per micro-batch; None takes the preset's."""
-    sequence_length: int | None = None
-    """Tokens per sequence; None takes the preset's."""
+    batch_size: str = ""
+    """Sequences per micro-batch; several with commas between make a sweep; empty takes the preset's."""
+    sequence_length: str = ""
+    """Tokens per sequence, likewise; every length is run with every batch size."""
     accumulation: int | None = None
     """Micro-batches per update; None takes the preset's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,7 +85,8 @@ class ThroughputConfig:
     dropout: float = 0.0
     """Dropout rate; hf has none, and with it no side uses its fused attention."""
     modes: str = "jax,torch-eager"
-    """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only), hf (its Qwen3)."""
+    """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only), hf (its Qwen3),
+    seed (the seed notebook's path)."""
     rounds: int = 5
     """Measured rounds; every mode is timed once in each."""
     warmup: int = 2
@@ -68,6 +95,15 @@ class ThroughputConfig:
     """A measurement lasts about this long at least, in whole updates, the same number for every mode."""
     threads: int = 0
     """CPU cores each worker is pinned to; 0 is every physical core."""
+    shares: bool = False
+    """Also time the optimizer, the loss head and attention alone."""
+    cold_warm: bool = False
+    """Also start every mode a second time, with the compilation cache its first start has filled."""
+    exclusive: bool = False
+    """One worker at a time, each started twice: for a GPU whose memory does not hold all of them. A mode that fails,
+    for want of memory say, is left out of the table."""
+    xla_preset: str = "none"
+    """XLA flags of the jax mode, by name: none, command-buffers, latency-hiding, triton-gemm, or h100 for all."""
     strict: bool = False
     """Fail instead of marking a row as noisy."""
     seed: int = 0
@@ -75,7 +111,8 @@ class ThroughputConfig:
     overrides: str = ""
     """JSON over the preset, e.g. {"model": {"num_hidden_layers": 1}}."""
     out: str = ""
-    """Results are written to OUT.jsonl, OUT.md and OUT.png, never over older ones; empty prints the table only."""
+    """Results are written to OUT.jsonl, OUT.md and OUT.png (a sweep's curves to OUT-scaling.png), never over older
+    ones; empty prints the table only."""
 
     def __post_init__(self) -> None:
         modes = self.mode_list
@@ -86,24 +123,61 @@ class ThroughputConfig:
         require(self.warmup >= 1, f"--warmup {self.warmup} must be at least 1; choose e.g. 2.")
         require(self.round_seconds >= 0, f"--round-seconds {self.round_seconds} must be at least 0; choose e.g. 1.")
         require(self.threads >= 0, f"--threads {self.threads} must be at least 0; choose 0 for all physical cores.")
-        require("hf" not in modes or self.dropout == 0, f"--dropout {self.dropout} excludes mode hf; use 0 or drop it.")
+        for mode in ("hf", "seed"):
+            require(
+                mode not in modes or self.dropout == 0,
+                f"--dropout {self.dropout} excludes mode {mode}; use 0 or drop it.",
+            )
+        require(
+            self.xla_preset in XLA_PRESETS,
+            f"--xla-preset {self.xla_preset} is unknown; choose from {', '.join(XLA_PRESETS)}.",
+        )
+        require(
+            not self.exclusive or self.rounds >= 2,
+            f"--rounds {self.rounds} must be at least 2 with --exclusive, one for each visit; choose e.g. 6.",
+        )
+        for name in ("batch_size", "sequence_length"):
+            for text in getattr(self, name).split(",") if getattr(self, name) else []:
+                require(
+                    text.isdecimal() and int(text) > 0,
+                    f"--{name} {getattr(self, name)} must be whole numbers of at least 1 with commas between; "
+                    "choose e.g. 2,8.",
+                )
 
     @property
     def mode_list(self) -> list[str]:
         """The modes in the order given."""
         return self.modes.split(",")
 
+    @property
+    def shapes(self) -> list[tuple[int | None, int | None]]:
+        """Every (batch size, sequence length) to run; None is the preset's."""
+        batches, lengths = (
+            [int(text) for text in sizes.split(",")] if sizes else [None]
+            for sizes in (self.batch_size, self.sequence_length)
+        )
+        return [(batch, length) for length in lengths for batch in batches]
+
 
 class Worker:
-    """A worker process, its pipe, and the CPUs it is pinned to."""
+    """A worker process, its pipe, the CPUs it is pinned to, and its compilation cache."""
 
-    def __init__(self, mode: str, config: RunConfig, cpus: list[int]) -> None:
+    def __init__(self, mode: str, config: RunConfig, cpus: list[int], cache: Path, xla_flags: str = "") -> None:
         self.mode = mode
-        # Cold compilation, and memory taken as needed: two frameworks may share one GPU.
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        # A folder of our own, so that what is called cold is cold, and memory taken as needed.
+        environment = dict(os.environ) | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+        }
+        if mode == "jax" and xla_flags:
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
+        self.flags = {name: value for name, value in environment.items() if name.startswith(FLAG_PREFIXES)}
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
+        launched = time.perf_counter()
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", MODES[mode]],
@@ -115,19 +189,19 @@ class Worker:
             )
         finally:
             os.sched_setaffinity(0, before)
-        self.send({"mode": mode, "config": to_dict(config)})
+        self.send({"mode": mode, "config": to_dict(config), "launched": launched})
 
     def send(self, message: dict) -> None:
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(f"worker {self.mode} ended early; its error stands above") from None
+            raise WorkerEnded(f"worker {self.mode} ended early; its error stands above") from None
 
     def receive(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"worker {self.mode} ended with code {self.process.wait()}; its error stands above")
+            raise WorkerEnded(f"worker {self.mode} ended with code {self.process.wait()}; its error stands above")
         return json.loads(line)
 
     def ask(self, do: str, **values) -> dict[str, Any]:
@@ -144,6 +218,25 @@ class Worker:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class WorkerEnded(RuntimeError):
+    """A worker process that is gone."""
+
+
+@dataclass
+class Measured:
+    """What is known of one mode."""
+
+    description: dict[str, Any]
+    flags: dict[str, str]
+    first: dict[str, float]
+    first_step: dict[str, float]
+    """Seconds from the start of the process to the end of the first update, by the state of the cache."""
+    answers: list[dict[str, float]] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    ceiling: float = 0.0
 
 
 class Meter:
@@ -181,124 +274,255 @@ class Meter:
 
 
 def throughput(options: ThroughputConfig) -> list[dict[str, Any]]:
-    """Run the benchmark and return one row per mode; raises ValueError where the modes cannot be compared."""
+    """Run the benchmark and return one row per shape and mode; raises ValueError where modes cannot be compared."""
     require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
-    config = job.resolve(
-        options.preset,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        accumulation=options.accumulation,
-        overrides=options.overrides,
-        dropout=options.dropout,
-        seed=options.seed,
-        compute=options.dtype,
-        newton_schulz=options.newton_schulz,
-        matmul=options.matmul,
-        attention=options.attention,
-    )
+    configs = [
+        job.resolve(
+            options.preset,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            accumulation=options.accumulation,
+            overrides=options.overrides,
+            dropout=options.dropout,
+            seed=options.seed,
+            compute=options.dtype,
+            newton_schulz=options.newton_schulz,
+            matmul=options.matmul,
+            attention=options.attention,
+        )
+        for batch_size, sequence_length in options.shapes
+    ]
     cores = machine.physical_cores()
     require(options.threads <= len(cores), f"--threads {options.threads} exceeds the {len(cores)} cores; lower it.")
     cpus = cores[: options.threads or len(cores)]
     report.check_free(options.out)
-    print(
-        f"{machine.cpu_name()}; pinned to {len(cpus)} cores; {job.flops_per_update(config):.4g} FLOPs per update",
-        flush=True,
-    )
-
-    workers: list[Worker] = []
-    try:
-        for mode in options.mode_list:
-            workers.append(Worker(mode, config, cpus))
-        return _measure(options, config, workers, cpus)
-    finally:
-        for worker in workers:
-            worker.close()
+    rows = []
+    for config in configs:
+        flops = job.flops_per_update(config)
+        print(
+            f"{machine.cpu_name()}; pinned to {len(cpus)} cores; {config.accumulation} x {config.batch_size} x "
+            f"{config.sequence_length} tokens, {flops:.4g} FLOPs per update",
+            flush=True,
+        )
+        with tempfile.TemporaryDirectory() as caches:
+            rows += _Benchmark(options, config, cpus, Path(caches)).run()
+    return rows
 
 
-def _measure(options: ThroughputConfig, config: RunConfig, workers: list[Worker], cpus: list[int]) -> list[dict]:
-    described = {worker.mode: worker.receive() for worker in workers}
-    for mode, answer in described.items():
-        print(f"{mode}: {json.dumps(answer['contract'])}", flush=True)
-    job.check_contracts({mode: answer["contract"] for mode, answer in described.items()})
-    on_gpu = described[workers[0].mode]["contract"]["backend"] == "gpu"
-    if not on_gpu:
-        for worker in [worker for worker in workers if worker.mode == "torch-compile-max"]:
+class _Benchmark:
+    """All modes at one shape."""
+
+    def __init__(self, options: ThroughputConfig, config: RunConfig, cpus: list[int], caches: Path) -> None:
+        self.options, self.config, self.cpus, self.caches = options, config, cpus, caches
+        self.measured: dict[str, Measured] = {}
+        self.failed: dict[str, str] = {}
+        self.gpu_before = machine.gpu_state()
+        self.meter = Meter(cpus, guard=True, strict=options.strict)
+
+    def run(self) -> list[dict[str, Any]]:
+        """One row per mode that could be measured."""
+        options = self.options
+        self._refuse_a_busy_gpu()
+        if options.exclusive:
+            half = options.rounds // 2
+            for mode in options.mode_list:
+                self._alone(mode, options.rounds - half, parts=False)
+            for mode in reversed(list(self.measured)):
+                self._alone(mode, half, parts=options.shares)
+        else:
+            self._visit(options.mode_list, options.rounds, parts=options.shares)
+            if options.cold_warm:
+                for mode in self.measured:
+                    self._visit([mode], 0, parts=False)
+        require(bool(self.measured), f"--modes {options.modes}: none could be measured ({self.failed}); change them.")
+        return self._rows()
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(one.description["contract"]["backend"] == "gpu" for one in self.measured.values())
+
+    def _alone(self, mode: str, rounds: int, *, parts: bool) -> None:
+        """A visit of one mode; if its process ends early, it is left out, unless only its parts were missing."""
+        try:
+            self._visit([mode], rounds, parts=parts)
+        except WorkerEnded as error:
+            self.failed[mode] = str(error)
+            print(f"{mode}: {error}", flush=True)
+            if mode in self.measured and len(self.measured[mode].answers) < self.options.rounds:
+                del self.measured[mode]
+
+    def _visit(self, modes: list[str], rounds: int, *, parts: bool) -> None:
+        """Start these modes together, compare, and measure so many rounds; without rounds only the first update."""
+        workers: list[Worker] = []
+        described = {}
+        try:
+            for mode in modes:
+                flags = XLA_PRESETS[self.options.xla_preset]
+                workers.append(Worker(mode, self.config, self.cpus, self.caches / mode, flags))
+                described[mode] = workers[-1].receive()  # one after another, as starting is timed
+            self._begin(workers, described)
+            if rounds and workers:
+                self._measure(workers, rounds)
+            if parts and workers:
+                self._time_parts(workers)
+        finally:
+            for worker in workers:
+                worker.close()
+
+    def _begin(self, workers: list[Worker], described: dict[str, dict]) -> None:
+        """The contract and the first update of each; a mode that this backend does not have is closed and removed."""
+        for mode, answer in described.items():
+            print(f"{mode}: {json.dumps(answer['contract'])}", flush=True)
+        known = {mode: one.description for mode, one in self.measured.items()}
+        job.check_contracts({mode: answer["contract"] for mode, answer in (known | described).items()})
+        self.meter.guard = any(answer["contract"]["backend"] == "cpu" for answer in described.values())
+        for worker in [worker for worker in workers if worker.mode == "torch-compile-max" and self.meter.guard]:
             print("torch-compile-max: skipped, as max-autotune needs a GPU", flush=True)
             workers.remove(worker)
             worker.close()
-        require(bool(workers), "--modes torch-compile-max has nothing to run on a CPU; add torch-compile.")
+        firsts = {mode: one.first for mode, one in self.measured.items()}
+        for worker in workers:
+            first = self.meter.once(worker, 1)
+            seconds = described[worker.mode]["start_seconds"] + first["seconds"]
+            state = "warm" if worker.mode in self.measured else "cold"
+            print(
+                f"{worker.mode}, {state} cache: first update {first['seconds']:.2f} s, with the start {seconds:.2f} s, "
+                f"loss {first['loss']:.9g}",
+                flush=True,
+            )
+            firsts[worker.mode] = first
+            if state == "cold":
+                self.measured[worker.mode] = Measured(described[worker.mode], worker.flags, first, {})
+            self.measured[worker.mode].first_step[state] = seconds
+        if firsts:
+            differences = job.check_first_updates(self.config, firsts)
+            print(f"first losses differ by {differences['loss']:.2e} nats, gradients by {differences['grad_norm']:.2e}")
 
-    meter = Meter(cpus, guard=not on_gpu, strict=options.strict)
-    firsts = {}
-    for worker in workers:
-        firsts[worker.mode] = first = meter.once(worker, 1)
-        print(f"{worker.mode}: first update {first['seconds']:.2f} s, loss {first['loss']:.9g}", flush=True)
-    differences = job.check_first_updates(config, firsts)
-    print(f"first losses differ by {differences['loss']:.2e} nats, gradient norms by {differences['grad_norm']:.2e}")
-    memory = {worker.mode: {"to_first": worker.ask("memory")} for worker in workers}
-    for worker in workers:
-        memory[worker.mode]["reset"] = worker.ask("reset_memory")["done"]
+    def _measure(self, workers: list[Worker], rounds: int) -> None:
+        """Warm-up and rounds, the order reversed every other one; then memory and ceiling."""
+        options = self.options
+        for worker in workers:
+            memory = {"to_first": worker.ask("memory"), "reset": worker.ask("reset_memory")["done"]}
+            self.measured[worker.mode].memory = self.measured[worker.mode].memory or memory
+        warm = {w.mode: self.meter.once(w, 1)["seconds"] for _ in range(options.warmup) for w in workers}
+        updates = max(1, math.ceil(options.round_seconds / min(warm.values())))
+        print(f"{updates} updates per measurement, {rounds} rounds", flush=True)
+        for index in range(rounds):
+            for worker in workers if index % 2 == 0 else reversed(workers):
+                self.measured[worker.mode].answers.append(self.meter.quietest(worker, updates))
+            seconds = {w.mode: self.measured[w.mode].answers[-1]["seconds"] / updates for w in workers}
+            times = ", ".join(f"{mode} {1e3 * value:.1f} ms" for mode, value in seconds.items())
+            print(f"round {index + 1}/{rounds}: {times}", flush=True)
+        for worker in workers:
+            one = self.measured[worker.mode]
+            one.memory.setdefault("steady", worker.ask("memory"))
+            one.ceiling = max(one.ceiling, worker.ask("ceiling")["flops_per_second"])
+            print(f"{worker.mode}: ceiling {one.ceiling / 1e9:.1f} GFLOP/s", flush=True)
 
-    warm = {worker.mode: meter.once(worker, 1)["seconds"] for _ in range(options.warmup) for worker in workers}
-    updates = max(1, math.ceil(options.round_seconds / min(warm.values())))
-    print(f"{updates} updates per measurement, {options.rounds} rounds", flush=True)
-    answers: dict[str, list[dict]] = {worker.mode: [] for worker in workers}
-    for index in range(options.rounds):
-        for worker in workers if index % 2 == 0 else reversed(workers):
-            answers[worker.mode].append(meter.quietest(worker, updates))
-        times = ", ".join(f"{m} {1e3 * a[-1]['seconds'] / updates:.1f} ms" for m, a in answers.items())
-        print(f"round {index + 1}/{options.rounds}: {times}", flush=True)
-    for worker in workers:
-        memory[worker.mode]["steady"] = worker.ask("memory")
-    ceilings = {worker.mode: worker.ask("ceiling")["flops_per_second"] for worker in workers}
-    print("ceilings: " + ", ".join(f"{mode} {rate / 1e9:.1f} GFLOP/s" for mode, rate in ceilings.items()), flush=True)
+    def _time_parts(self, workers: list[Worker]) -> None:
+        """The parts of an update alone, the order reversed every other time."""
+        seconds = PART_SHARE * self.options.round_seconds
+        for index in range(PART_ROUNDS):
+            for worker in workers if index % 2 == 0 else reversed(workers):
+                self.measured[worker.mode].parts.append(worker.ask("parts", seconds=seconds))
+        for worker in workers:
+            medians = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in self._part_seconds(worker.mode).items())
+            print(f"{worker.mode}: alone, per update: {medians}", flush=True)
 
-    skipped = {mode: rounds[-1]["skipped"] for mode, rounds in answers.items() if rounds[-1]["skipped"]}
-    require(not skipped, f"updates were skipped as not finite: {skipped}; times of left-out work mean nothing.")
-    common = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "versions": installed_versions(),
-        "cpu": machine.cpu_name(),
-        "vector_extensions": machine.vector_extensions(),
-        "cores": len(cpus),
-        "preset": options.preset,
-        "dtype": options.dtype,
-        "config": to_dict(config),
-        "flop_formula": job.FLOP_FORMULA,
-        "flops_per_update": job.flops_per_update(config),
-        "tokens_per_update": config.tokens_per_step,
-        "updates_per_measurement": updates,
-        "ceiling_flops_per_second": max(ceilings.values()),
-        "first_update_differences": differences,
-        "first_update_allowances": job.first_update_allowances(config),
-    }
-    baseline = BASELINE if BASELINE in answers else workers[0].mode
-    return [
-        common
-        | report.summarise(
-            mode,
-            seconds=[answer["seconds"] / updates for answer in answers[mode]],
-            baseline_seconds=[answer["seconds"] / updates for answer in answers[baseline]],
-            flops=common["flops_per_update"],
-            tokens=config.tokens_per_step,
-            ceiling=common["ceiling_flops_per_second"],
-        )
-        | {
-            "baseline": baseline,
-            "first_update_seconds": firsts[mode]["seconds"],
-            "first_loss": firsts[mode]["loss"],
-            "first_grad_norm": firsts[mode]["grad_norm"],
-            "last_loss": answers[mode][-1]["loss"],
-            "own_ceiling_flops_per_second": ceilings[mode],
-            "memory": memory[mode],
-            "foreign_cores": [answer["foreign"] for answer in answers[mode]],
-            "noisy": any(meter.noisy(answer) for answer in answers[mode]),
-            **described[mode],
+    def _part_seconds(self, mode: str) -> dict[str, float]:
+        times = self.measured[mode].parts
+        return {name: statistics.median(part[name] for part in times) for name in times[0]} if times else {}
+
+    def _refuse_a_busy_gpu(self) -> None:
+        busy = self._gpu_was_busy()
+        require(not (self.options.strict and busy), f"{busy}; wait until it is idle or drop --strict.")
+        if busy:
+            print(f"noisy: {busy}", flush=True)
+
+    def _gpu_was_busy(self) -> str:
+        """Why the GPU was not idle before the first worker, or nothing."""
+        state = self.gpu_before
+        if state is None or (state["utilisation"] <= IDLE_UTILISATION and state["bytes"] <= IDLE_BYTES):
+            return ""
+        return f"others keep the GPU {state['utilisation']:.0%} busy and hold {state['bytes'] / 2**20:,.0f} MiB of it"
+
+    def _noise(self, mode: str) -> str:
+        """Why a mode's times are not to be trusted, or nothing."""
+        answers = self.measured[mode].answers
+        if not self.on_gpu:
+            foreign = max(answer["foreign"] for answer in answers)
+            return f"others used up to {foreign:.2f} cores" if any(map(self.meter.noisy, answers)) else ""
+        seconds = [answer["seconds"] / answer["updates"] for answer in answers]
+        spread = max(seconds) / min(seconds) - 1.0
+        unsteady = f"rounds differ by {spread:.0%}" if spread > SPREAD else ""
+        return "; ".join(filter(None, (self._gpu_was_busy(), unsteady)))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        options, config, measured = self.options, self.config, self.measured
+        noise = {mode: self._noise(mode) for mode in measured}
+        require(not (options.strict and any(noise.values())), f"too noisy: {noise}; quieten it or drop --strict.")
+        skipped = {mode: one.answers[-1]["skipped"] for mode, one in measured.items() if one.answers[-1]["skipped"]}
+        require(not skipped, f"updates were skipped as not finite: {skipped}; times of left-out work mean nothing.")
+        ceiling = max(one.ceiling for one in measured.values())
+        flops, part_flops = job.flops_per_update(config), job.part_flops(config)
+        common = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]]),
+            "git_commit": git_commit(),
+            "versions": installed_versions(),
+            "cpu": machine.cpu_name(),
+            "vector_extensions": machine.vector_extensions(),
+            "cores": len(self.cpus),
+            "gpu_before": self.gpu_before,
+            "gpu_after": machine.gpu_state(),
+            "preset": options.preset,
+            "dtype": options.dtype,
+            "config": to_dict(config),
+            "exclusive": options.exclusive,
+            "xla_preset": options.xla_preset,
+            "flop_formula": job.FLOP_FORMULA,
+            "flops_per_update": flops,
+            "tokens_per_update": config.tokens_per_step,
+            "ceiling_flops_per_second": ceiling,
+            "first_update_differences": job.check_first_updates(config, {m: one.first for m, one in measured.items()}),
+            "first_update_allowances": job.first_update_allowances(config),
+            "failed": self.failed,
         }
-        for mode in answers
-    ]
+        baseline = BASELINE if BASELINE in measured else next(iter(measured))
+        seconds = {mode: [a["seconds"] / a["updates"] for a in one.answers] for mode, one in measured.items()}
+        rows = []
+        for mode, one in measured.items():
+            statistics_of_mode = report.summarise(
+                mode,
+                seconds=seconds[mode],
+                baseline_seconds=seconds[baseline],
+                flops=flops,
+                tokens=config.tokens_per_step,
+                ceiling=ceiling,
+            )
+            step = statistics_of_mode["seconds_per_update"]["median"]
+            parts = {
+                name: {"seconds": alone, "share": alone / step, "flops": part_flops[name]}
+                for name, alone in self._part_seconds(mode).items()
+            }
+            own = {
+                "baseline": baseline,
+                "updates_per_measurement": one.answers[0]["updates"],
+                "first_update_seconds": one.first["seconds"],
+                "first_step_seconds": one.first_step,
+                "first_loss": one.first["loss"],
+                "first_grad_norm": one.first["grad_norm"],
+                "last_loss": one.answers[-1]["loss"],
+                "own_ceiling_flops_per_second": one.ceiling,
+                "parts": parts,
+                "memory": one.memory,
+                "flags": one.flags,
+                "foreign_cores": [answer["foreign"] for answer in one.answers],
+                "noisy": bool(noise[mode]),
+                "noise": noise[mode],
+            }
+            rows.append(common | statistics_of_mode | own | one.description)
+        return rows
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The loop of a worker process: one JSON line in, one JSON line out. Imports no framework."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,6 +20,9 @@ CEILING_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
 CEILING_REPEATS = 7
 PROBE = 1.0 + 2.0**-13
 """A float32 that TF32, with its 10 bits of fraction, rounds to 1."""
+
+Part = tuple[int, Callable[[int], None]]
+"""How often an update runs a part, and a function that runs it so many times and waits."""
 
 
 class Side(Protocol):
@@ -42,8 +46,14 @@ class Side(Protocol):
     def square_product(self, size: int) -> Callable[[int], None]:
         """A function that computes so many (size, size) products in the compute dtype and waits for them."""
 
+    def parts(self) -> dict[str, Part]:
+        """Parts of an update (`job.PARTS`) by themselves; they may spoil the state, so no update follows."""
+
     def device_peak_bytes(self) -> int | None:
-        """Largest device memory in use so far; None on a CPU."""
+        """Largest device memory in use since the start or the last reset; None on a CPU."""
+
+    def reset_device_peak(self) -> None:
+        """Let the peak count from the present use, where the framework can."""
 
 
 def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
@@ -56,9 +66,13 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
         replies.flush()
 
     job = json.loads(sys.stdin.readline())
+    # The driver's clock reading: on Linux this clock is the machine's, the same in every process.
+    import_seconds = time.perf_counter() - job["launched"]
     config = from_dict(job["config"])
-    started = time.perf_counter()
-    side = make_side(config, job["mode"], init_params(config.model, config.seed))
+    weights = init_params(config.model, config.seed)
+    began = time.perf_counter()
+    side = make_side(config, job["mode"], weights)
+    start_seconds = import_seconds + time.perf_counter() - began
     batches = [make_batch(config, index) for index in range(BATCHES)]
     description = side.describe()
     arrived = {f"{i}.{j}": side.received(array) for i, batch in enumerate(batches) for j, array in enumerate(batch)}
@@ -67,13 +81,24 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
         "weights": fingerprint(side.weights()),
         "batches": fingerprint(arrived),
     }
-    reply(description | {"setup_seconds": time.perf_counter() - started})
+    reply(description | {"start_seconds": start_seconds})
+
+    def reset_memory(_) -> dict[str, bool]:
+        side.reset_device_peak()
+        return {"done": machine.reset_peak_memory()}
+
+    parts: dict[str, Part] = {}
+
+    def time_parts(command) -> dict[str, float]:
+        parts.update(parts or side.parts())
+        return {name: _seconds_per_update(*part, command["seconds"]) for name, part in parts.items()}
 
     commands = {
         "run": lambda command: _run(side, batches, command["updates"]),
         "ceiling": lambda _: _ceiling(side, description["contract"]["backend"]),
         "memory": lambda _: {"peak_rss": machine.peak_memory_bytes(), "peak_device": side.device_peak_bytes()},
-        "reset_memory": lambda _: {"done": machine.reset_peak_memory()},
+        "reset_memory": reset_memory,
+        "parts": time_parts,
     }
     for line in sys.stdin:
         command = json.loads(line)
@@ -89,6 +114,19 @@ def _run(side: Side, batches: list, updates: int) -> dict[str, float]:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "skipped")}
     return {"seconds": seconds, "cpu_seconds": cpu, **values}
+
+
+def _seconds_per_update(runs: int, run: Callable[[int], None], seconds: float) -> float:
+    """Time of `runs` runs of one part, from about `seconds` of them."""
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        run(count)
+        return time.perf_counter() - start
+
+    run(1)  # compiles, and refills the caches that another part has filled
+    count = max(1, math.ceil(seconds / timed(1)))
+    return runs * timed(count) / count
 
 
 def _ceiling(side: Side, backend: str) -> dict[str, float]:

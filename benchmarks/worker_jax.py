@@ -1,14 +1,18 @@
 """The JAX side of a benchmark, `jax_impl` as training runs it. Started by `benchmarks.throughput`."""
 
+import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from benchmarks.worker import PROBE, serve
-from jax_impl import model
-from jax_impl.train import Trainer
+from benchmarks.worker import PROBE, Part, serve
+from jax_impl import model, random
+from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_together
+from jax_impl.train import Trainer, make_optimizer
 from recipe.config import RunConfig
 
 
@@ -18,11 +22,13 @@ class JaxSide:
     def __init__(self, config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> None:
         self.config = config
         self.trainer = Trainer(config, weights)
+        precision = config.precision
+        self.fused = precision.attention == "fused" and model.has_fused_attention(precision.compute)
+        self.fused = self.fused and not config.model.dropout
 
     def describe(self) -> dict:
         config, backend = self.config, jax.default_backend()
-        precision, dropout = config.precision, config.model.dropout
-        fused = precision.attention == "fused" and not dropout and model.has_fused_attention(precision.compute)
+        precision = config.precision
         with jax.default_matmul_precision(precision.matmul):
             product = jnp.full((256, 256), PROBE, jnp.float32) @ jnp.eye(256, dtype=jnp.float32)
         single = "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
@@ -33,10 +39,10 @@ class JaxSide:
             "compute_dtype": precision.compute,
             "newton_schulz_dtype": precision.newton_schulz,
             "float32_products": "float32" if float(product[0, 0]) == PROBE else "tf32",
-            "dropout": dropout,
+            "dropout": config.model.dropout,
             "matmul": precision.matmul,
             "x64": jax.config.jax_enable_x64,
-            "attention": "cuDNN flash" if fused else f"blocks of {model.QUERY_BLOCK} queries",
+            "attention": "cuDNN flash" if self.fused else f"blocks of {model.QUERY_BLOCK} queries",
             "loss": f"chunks of {model.LOGITS_AT_ONCE} float32 logits",
         }
         return {"contract": contract, "environment": self.trainer.environment}
@@ -60,17 +66,90 @@ class JaxSide:
         # As `jax_impl.model.contract` does: XLA's CPU backend has bfloat16 kernels only for float32 results.
         result = jnp.float32 if jax.default_backend() == "cpu" else dtype
         multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=result))
+        return self._repeat(lambda: multiply(x, y))
+
+    def _repeat(self, *calls: Callable) -> Callable[[int], None]:
+        """A function that makes these calls so many times, under the configured precision, and waits."""
+        # Dispatch is asynchronous, and the CPU backend would run calls that do not depend on each other side by side.
+        wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda out: out
 
         def run(count: int) -> None:
             with jax.default_matmul_precision(self.config.precision.matmul):
-                products = [multiply(x, y) for _ in range(count)]
-            jax.block_until_ready(products)
+                for _ in range(count):
+                    for call in calls:
+                        out = wait(call())
+                jax.block_until_ready(out)
 
         return run
+
+    def parts(self) -> dict[str, Part]:
+        config, shape = self.config, self.config.model
+        A, B, T = config.accumulation, config.batch_size, config.sequence_length
+        dtype, keys = jnp.dtype(config.precision.compute), iter(jax.random.split(jax.random.key(config.seed), 6))
+
+        def normal(*shape: int) -> jax.Array:
+            return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
+
+        optimizer = make_optimizer(config)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def update(state, grads):
+            grads, norm = clip_by_global_norm(grads, config.clip_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state), norm
+
+        def optimize():
+            self.trainer.state, norm = update(self.trainer.state, grads)
+            return self.trainer.state, norm
+
+        grads = jax.tree.map(jnp.copy, self.trainer.state.params)
+        labels = label_params(grads, shape)
+        matrices = {path: grad for path, grad in grads.items() if labels[path] == "muon"}
+        newton_schulz = jax.jit(
+            functools.partial(
+                orthogonalize_together,
+                steps=config.muon.ns_steps,
+                eps=config.muon.eps,
+                dtype=jnp.dtype(config.precision.newton_schulz),
+            )
+        )
+
+        head_VD = normal(shape.vocab_size, shape.hidden_size).astype(config.precision.params)
+        x_MD, targets_M = normal(B * T, shape.hidden_size), jnp.arange(B * T) % shape.vocab_size
+        # Loss and gradients are both returned: what is not needed would not be computed.
+        cross_entropy = jax.jit(jax.value_and_grad(model.cross_entropy, argnums=(0, 1)))
+
+        key = random.key(config.seed) if shape.dropout else None
+        q_BTNH, out_grad = (normal(B, T, shape.num_attention_heads, shape.head_dim) for _ in range(2))
+        k_BSKH, v_BSKH = (normal(B, T, shape.num_key_value_heads, shape.head_dim) for _ in range(2))
+
+        @functools.partial(jax.jit, static_argnames="window")
+        def attend(q_BTNH, k_BSKH, v_BSKH, out_grad, window):
+            def forward(q, k, v):
+                if self.fused:
+                    return model.fused_attention(q, k, v, window=window)
+                return model.attention(q, k, v, window=window, rate=shape.dropout, key=key)
+
+            out_BTNH, pull_back = jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH)
+            return out_BTNH, pull_back(out_grad)
+
+        layers = [
+            functools.partial(attend, q_BTNH, k_BSKH, v_BSKH, out_grad, window=shape.window_of_layer(layer))
+            for layer in range(shape.num_hidden_layers)
+        ]
+        return {
+            "optimizer": (1, self._repeat(optimize)),
+            "newton_schulz": (1, self._repeat(lambda: newton_schulz(matrices))),
+            "cross_entropy": (A, self._repeat(lambda: cross_entropy(x_MD, head_VD, targets_M))),
+            "attention": (A, self._repeat(*layers)),
+        }
 
     def device_peak_bytes(self) -> int | None:
         stats = jax.devices()[0].memory_stats()
         return None if stats is None else stats.get("peak_bytes_in_use")
+
+    def reset_device_peak(self) -> None:
+        """XLA keeps one peak from start to end."""
 
 
 if __name__ == "__main__":

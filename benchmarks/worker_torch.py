@@ -1,19 +1,28 @@
-"""The torch side of a benchmark: `torch_ref` eager or compiled, or transformers' model with torch's own optimizers.
+"""The torch side of a benchmark: `torch_ref` eager or compiled, transformers' model, or the seed notebook's path.
 
-Started by `benchmarks.throughput`. The mode is torch-eager, torch-compile, torch-compile-max or hf.
+Started by `benchmarks.throughput`. The mode is torch-eager, torch-compile, torch-compile-max, hf or seed.
 """
 
+import contextlib
+import dataclasses
+import functools
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from benchmarks.worker import PROBE, serve
+from benchmarks import notebook
+from benchmarks.worker import PROBE, Part, serve
 from recipe.checkpoint import to_hf_config
-from recipe.config import RunConfig
+from recipe.config import RunConfig, require
 from recipe.params import param_specs
 from torch_ref import model as reference_model
+from torch_ref import random
+from torch_ref.muon import clip_by_global_norm, orthogonalize_together
 from torch_ref.train import Trainer, make_schedule
+from torch_ref.weights import from_hf
 
 
 class TorchSide:
@@ -22,139 +31,196 @@ class TorchSide:
     def __init__(self, config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> None:
         self.config, self.mode = config, mode
         self.trainer = Trainer(config, weights)
-        self.device, self.environment = self.trainer.device, self.trainer.environment
-        if mode.startswith("torch-compile"):
-            model = self.trainer.state.model
-            # None is torch.compile's "default" mode.
-            model.loss = torch.compile(model.loss, mode="max-autotune" if mode == "torch-compile-max" else None)
+        self.model, self.device = self.trainer.state.model, self.trainer.device
+        self.environment = self.trainer.environment
+        self.fused = config.precision.attention == "fused" and not config.model.dropout
+        self.hidden_dtype = getattr(torch, config.precision.compute)
+        self.model.loss = self.compiled(self.model.loss)
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function as this mode runs it."""
+        if not self.mode.startswith("torch-compile"):
+            return function
+        # None is torch.compile's "default" mode.
+        return torch.compile(function, mode="max-autotune" if self.mode == "torch-compile-max" else None)
 
     def describe(self) -> dict:
         config, precision = self.config, self.config.precision
-        fused = precision.attention == "fused" and not config.model.dropout
         product = torch.full((256, 256), PROBE, device=self.device) @ torch.eye(256, device=self.device)
         contract = {
             "backend": "gpu" if self.device == "cuda" else "cpu",
             "threads": None if self.device == "cuda" else torch.get_num_threads(),
-            "params_dtype": "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters()})),
+            "params_dtype": "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
             "compute_dtype": precision.compute,
             "newton_schulz_dtype": precision.newton_schulz,
             "float32_products": "float32" if float(product[0, 0]) == PROBE else "tf32",
             "dropout": config.model.dropout,
             "matmul": precision.matmul,
-            "attention": "SDPA" if fused else f"blocks of {reference_model.QUERY_BLOCK} queries",
+            "bfloat16_sums": "bfloat16 allowed"
+            if torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+            else "float32",
+            "attention": "SDPA" if self.fused else f"blocks of {reference_model.QUERY_BLOCK} queries",
             "loss": f"all logits, stored in {precision.compute}",
         }
         return {"contract": contract, "environment": self.environment}
 
-    def parameters(self) -> list[torch.Tensor]:
-        return list(self.trainer.state.model.parameters())
-
     def weights(self) -> dict[str, np.ndarray]:
-        return self.trainer.weights()
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.model.named_parameters()}
 
     def received(self, tokens: np.ndarray) -> np.ndarray:
-        return torch.as_tensor(np.asarray(tokens, np.int64), device=self.device).cpu().numpy().astype(np.int32)
+        return self.tensor(tokens).cpu().numpy().astype(np.int32)
+
+    def tensor(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(tokens, np.int64), device=self.device)
 
     def update(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict:
+        self.mark_step()
+        return self.trainer.step(inputs_ABT, targets_ABT)
+
+    def mark_step(self) -> None:
+        """Tell CUDA graphs that the outputs of the last call are done with."""
         if self.mode == "torch-compile-max":
             torch.compiler.cudagraph_mark_step_begin()
-        return self.trainer.step(inputs_ABT, targets_ABT)
 
     def synchronize(self, metrics: dict) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def square_product(self, size: int):
-        generator = torch.Generator().manual_seed(self.config.seed)
-        dtype = getattr(torch, self.config.precision.compute)
-        x, y = (torch.randn(size, size, generator=generator).to(self.device, dtype) for _ in range(2))
+        x, y = (self.normal(seed, size, size).to(getattr(torch, self.config.precision.compute)) for seed in range(2))
+        return self.repeat(lambda: x @ y)
+
+    def normal(self, seed: int, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def repeat(self, *calls: Callable) -> Callable[[int], None]:
+        """A function that makes these calls so many times and waits."""
 
         def run(count: int) -> None:
             for _ in range(count):
-                x @ y
+                for call in calls:
+                    self.mark_step()
+                    call()
             self.synchronize({})
 
         return run
 
+    def parts(self) -> dict[str, Part]:
+        config, shape = self.config, self.config.model
+        A, B, T = config.accumulation, config.batch_size, config.sequence_length
+
+        def heads(seed: int, count: int) -> torch.Tensor:
+            dtype = getattr(torch, config.precision.compute)
+            return self.normal(seed, B, T, count, shape.head_dim).to(dtype).requires_grad_()
+
+        def forward_and_backward(function: Callable, *inputs: torch.Tensor, out_grad: torch.Tensor | None = None):
+            with self.autocast():
+                out = function(*inputs)
+            torch.autograd.grad(out, inputs, out_grad if out_grad is None else out_grad.to(out.dtype))
+
+        x_MD = self.normal(0, B * T, shape.hidden_size).to(self.hidden_dtype).requires_grad_()
+        targets_M = torch.arange(B * T, device=self.device) % shape.vocab_size
+        head_VD = self.normal(1, shape.vocab_size, shape.hidden_size).requires_grad_()
+        loss = self.compiled(functools.partial(self.cross_entropy, targets_M=targets_M))
+
+        q_BTNH, out_grad = (heads(seed, shape.num_attention_heads) for seed in (2, 3))
+        k_BSKH, v_BSKH = (heads(seed, shape.num_key_value_heads) for seed in (4, 5))
+        windows = [shape.window_of_layer(layer) for layer in range(shape.num_hidden_layers)]
+        attend = {window: self.compiled(functools.partial(self.attend, window=window)) for window in windows}
+        out_grad = out_grad.detach()
+        layers = [
+            functools.partial(forward_and_backward, attend[window], q_BTNH, k_BSKH, v_BSKH, out_grad=out_grad)
+            for window in windows
+        ]
+        parts = {
+            "optimizer": (1, self.repeat(self.optimize)),
+            "cross_entropy": (A, self.repeat(functools.partial(forward_and_backward, loss, x_MD, head_VD))),
+            "attention": (A, self.repeat(*layers)),
+        }
+        specs = param_specs(shape)
+        matrices = [p.grad for name, p in self.model.named_parameters() if specs[name].role == "matrix"]
+        orthogonalize = self.orthogonalize()
+        if orthogonalize is not None:
+            parts["newton_schulz"] = (1, self.repeat(torch.no_grad()(lambda: orthogonalize(matrices))))
+        return parts
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def cross_entropy(self, x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        return reference_model.cross_entropy(x_MD, head_VD, targets_M)
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, *, window: int | None) -> torch.Tensor:
+        if self.fused:
+            return reference_model.fused_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+        rate = self.config.model.dropout
+        key = random.key(self.config.seed) if rate else None
+        return reference_model.attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
+
+    def orthogonalize(self) -> Callable | None:
+        """A function of a list of matrices; None where it cannot be told from the optimizer."""
+        muon = self.config.muon
+        dtype = getattr(torch, self.config.precision.newton_schulz)
+        return functools.partial(orthogonalize_together, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
+
+    def optimize(self) -> None:
+        """Clip and both optimizers, on the gradients of the last update."""
+        clip_by_global_norm([parameter.grad for parameter in self.model.parameters()], self.config.clip_norm)
+        self.trainer.state.optimizer.step(1.0)
+
     def device_peak_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
+    def reset_device_peak(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
-class HuggingFaceSide(TorchSide):
-    """transformers' Qwen3 with torch.optim.Muon and AdamW, bfloat16 by autocast: what there is without this project."""
+
+class AutocastSide(TorchSide):
+    """Plain torch, as in most training scripts: bfloat16 by autocast, all logits held, a loss and two optimizers."""
 
     def __init__(self, config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
         self.config, self.mode = config, mode
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cuda.matmul.allow_tf32 = config.precision.matmul == "default"
         device_name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.environment = {"backend": self.device, "device": device_name, "torch": torch.__version__}
-        attention = "sdpa" if config.precision.attention == "fused" else "eager"
-        hf_config = Qwen3Config(**to_hf_config(config.model), attn_implementation=attention)
-        self.model = Qwen3ForCausalLM(hf_config).to(self.device).train()
-        missing, unexpected = self.model.load_state_dict(
-            {name: torch.tensor(weight) for name, weight in weights.items()}, strict=False
-        )
-        tied = {"lm_head.weight"} if config.model.tie_word_embeddings else set()
-        if set(missing) - tied or unexpected:
-            raise RuntimeError(f"transformers' names differ: missing {missing}, unexpected {unexpected}")
-        specs, muon, adamw = param_specs(config.model), config.muon, config.adamw
-        named = dict(self.model.named_parameters())
-        roles = {name: specs[name].role for name in named}
-        matrices = [p for name, p in named.items() if roles[name] == "matrix"]
-        decayed = [p for name, p in named.items() if roles[name] in ("embedding", "head")]
-        plain = [p for name, p in named.items() if roles[name] in ("norm", "bias")]
-        self.optimizers = [
-            torch.optim.Muon(
-                matrices,
-                lr=muon.learning_rate,
-                momentum=muon.beta,
-                nesterov=muon.nesterov,
-                ns_steps=muon.ns_steps,
-                eps=muon.eps,
-                weight_decay=muon.weight_decay,
-                adjust_lr_fn="original",
-            ),
-            torch.optim.AdamW(
-                [
-                    {"params": decayed, "weight_decay": adamw.weight_decay},
-                    {"params": plain, "weight_decay": adamw.weight_decay if adamw.decay_norms else 0.0},
-                ],
-                lr=adamw.learning_rate,
-                betas=(adamw.beta1, adamw.beta2),
-                eps=adamw.eps,
-            ),
+        # Under autocast the residual stream and the final norm stay in float32.
+        self.fused, self.hidden_dtype = config.precision.attention == "fused", torch.float32
+        self.model = self.make_model(weights)
+        specs, adamw = param_specs(config.model), config.adamw
+        by_role = {role: [] for role in ("matrix", "embedding", "head", "norm", "bias")}
+        for name, parameter in self.model.named_parameters():
+            by_role[specs[name].role].append(parameter)
+        decayed, plain = by_role["embedding"] + by_role["head"], by_role["norm"] + by_role["bias"]
+        adamw_groups = [
+            {"params": decayed, "weight_decay": adamw.weight_decay},
+            {"params": plain, "weight_decay": adamw.weight_decay if adamw.decay_norms else 0.0},
         ]
-        self.peaks = (muon.learning_rate, adamw.learning_rate)
+        betas = adamw.beta1, adamw.beta2
+        self.optimizers = [
+            self.make_muon(by_role["matrix"]),
+            torch.optim.AdamW(adamw_groups, lr=adamw.learning_rate, betas=betas, eps=adamw.eps),
+        ]
+        self.peaks = (config.muon.learning_rate, adamw.learning_rate)
         self.schedule, self.step = make_schedule(config), 0
 
-    def describe(self) -> dict:
-        description = super().describe()
-        # torch.optim.Muon iterates in bfloat16 whatever the parameters are.
-        description["contract"] |= {"newton_schulz_dtype": "bfloat16", "loss": "all logits, transformers' own"}
-        return description
-
-    def parameters(self) -> list[torch.Tensor]:
-        return list(self.model.parameters())
-
-    def weights(self) -> dict[str, np.ndarray]:
-        return {name: p.detach().cpu().numpy().copy() for name, p in self.model.named_parameters()}
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.config.precision.compute == "bfloat16")
 
     def update(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict:
         self.model.zero_grad(set_to_none=True)
         total, A = 0.0, len(inputs_ABT)
-        half = self.config.precision.compute == "bfloat16"
         for inputs_BT, targets_BT in zip(inputs_ABT, targets_ABT, strict=True):
-            inputs, targets = (
-                torch.as_tensor(np.asarray(tokens, np.int64), device=self.device) for tokens in (inputs_BT, targets_BT)
-            )
-            with torch.autocast(self.device, torch.bfloat16, enabled=half):
-                logits_BTV = self.model(input_ids=inputs, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
+            with self.autocast():
+                logits_BTV = self.logits(self.tensor(inputs_BT))
+            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), self.tensor(targets_BT).flatten())
             (loss / A).backward()
             total = total + loss.detach() / A
+        norm = self.optimize()
+        return {"loss": total, "grad_norm": norm, "skipped": 0}
+
+    def optimize(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         factor = self.schedule(self.step)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
@@ -162,14 +228,122 @@ class HuggingFaceSide(TorchSide):
                 group["lr"] = peak * factor
             optimizer.step()
         self.step += 1
-        return {"loss": total, "grad_norm": norm, "skipped": 0}
+        return norm
+
+    def cross_entropy(self, x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x_MD, head_VD).float(), targets_M)
+
+
+class HuggingFaceSide(AutocastSide):
+    """transformers' Qwen3 with torch.optim.Muon and AdamW: what there is without this project."""
+
+    def make_model(self, weights: dict[str, np.ndarray]) -> torch.nn.Module:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        config = self.config.model
+        hf_config = Qwen3Config(**to_hf_config(config), attn_implementation="sdpa" if self.fused else "eager")
+        model = Qwen3ForCausalLM(hf_config).to(self.device).train()
+        missing, unexpected = model.load_state_dict(
+            {name: torch.tensor(weight) for name, weight in weights.items()}, strict=False
+        )
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise RuntimeError(f"transformers' names differ: missing {missing}, unexpected {unexpected}")
+        return model
+
+    def make_muon(self, matrices: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        muon = self.config.muon
+        return torch.optim.Muon(
+            matrices,
+            lr=muon.learning_rate,
+            momentum=muon.beta,
+            nesterov=muon.nesterov,
+            ns_steps=muon.ns_steps,
+            eps=muon.eps,
+            weight_decay=muon.weight_decay,
+            adjust_lr_fn="original",
+        )
+
+    def describe(self) -> dict:
+        description = super().describe()
+        # torch.optim.Muon iterates in bfloat16 whatever the parameters are.
+        description["contract"] |= {
+            "newton_schulz_dtype": "bfloat16",
+            "attention": "SDPA" if self.fused else "all T x T scores",
+            "loss": "all logits, transformers' own",
+        }
+        return description
+
+    def logits(self, inputs_BT: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=inputs_BT, use_cache=False).logits
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, *, window: int | None) -> torch.Tensor:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+        heads = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+        module, T = self.model.model.layers[0].self_attn, q_BTNH.shape[1]
+        mask = None
+        if window is not None or not self.fused:
+            distance = torch.arange(T, device=self.device)[:, None] - torch.arange(T, device=self.device)
+            seen = (distance >= 0) & (distance < (window or T))
+            mask = torch.zeros(T, T, device=self.device).masked_fill(~seen, float("-inf"))[None, None]
+        forward = sdpa_attention_forward if self.fused else eager_attention_forward
+        return forward(module, *heads, mask, scaling=module.scaling)[0]
+
+    def orthogonalize(self) -> None:
+        return None
+
+
+class SeedSide(AutocastSide):
+    """The seed notebook's path through `torch_ref`'s model; see `benchmarks.notebook`."""
+
+    def make_model(self, weights: dict[str, np.ndarray]) -> torch.nn.Module:
+        config = self.config
+        require(config.model.sliding_window is None, "mode seed has no sliding window; drop the mode or the window.")
+        # This process runs no other mode, so the model may be given the notebook's attention for its own.
+        reference_model.fused_attention = self.attend
+        precision = dataclasses.replace(config.precision, compute="float32", attention="fused")
+        return from_hf(weights, config.model, precision, self.device)
+
+    def make_muon(self, matrices: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        muon = self.config.muon
+        require(muon.weight_decay == 0, f"mode seed has no muon.weight_decay={muon.weight_decay}; set it to 0.")
+        dtype = getattr(torch, self.config.precision.newton_schulz)
+        one = functools.partial(notebook.newton_schulz, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
+        return notebook.Muon(
+            matrices,
+            lr=muon.learning_rate,
+            beta=muon.beta,
+            nesterov=muon.nesterov,
+            orthogonalize=torch.compile(one),
+        )
+
+    def describe(self) -> dict:
+        description = super().describe()
+        attention = "SDPA, K/V heads repeated" if self.fused else "all T x T scores, K/V heads repeated"
+        description["contract"] |= {"attention": attention, "loss": "all logits, float32"}
+        return description
+
+    def logits(self, inputs_BT: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs_BT)
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, *, window: int | None) -> torch.Tensor:
+        return notebook.attention(q_BTNH, k_BSKH, v_BSKH, explicit=not self.fused)
+
+    def orthogonalize(self) -> Callable:
+        one = self.optimizers[0].orthogonalize
+        return lambda matrices: [one(matrix) for matrix in matrices]
+
+
+SIDES = {"hf": HuggingFaceSide, "seed": SeedSide}
 
 
 def make_side(config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> TorchSide:
     """The side of this mode; OpenMP's own variable decides the threads, else the CPUs this process is pinned to."""
     # Set either way: left alone, torch takes MKL's count, which is capped by the cores MKL sees.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
-    return (HuggingFaceSide if mode == "hf" else TorchSide)(config, mode, weights)
+    return SIDES.get(mode, TorchSide)(config, mode, weights)
 
 
 if __name__ == "__main__":

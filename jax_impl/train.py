@@ -3,8 +3,9 @@
 Twin: `torch_ref/train.py`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,6 +166,14 @@ class Trainer:
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path) -> Iterator[None]:
+        """Trace the updates made inside: XProf's files, and perfetto_trace.json.gz for ui.perfetto.dev."""
+        jax.block_until_ready(self.state)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            yield
+            jax.block_until_ready(self.state)
 
 
 def train(config: RunConfig) -> None:

@@ -56,8 +56,8 @@ def examine(mutant: Mutant) -> Outcome:
     # 0 all passed, 1 some failed; anything else (no such test, broken catalogue) proves nothing.
     if done.returncode not in (0, 1):
         raise RuntimeError(f"mutant {mutant.name}: pytest ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-    failed = re.search(r"^FAILED (\S+)(?: - (.*))?$", done.stdout, re.MULTILINE)
-    errors = re.search(r"^ERROR (\S+)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (.+?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    errors = re.search(r"^ERROR (.+?)(?: - (.*))?$", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed is None:
         detail = errors.group(0) if errors else done.stdout
         raise RuntimeError(f"mutant {mutant.name}: an error instead of a failing test: {detail}")

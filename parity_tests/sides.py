@@ -66,28 +66,31 @@ class JaxModel:
 class TorchModel:
     """torch_ref's model on given weights."""
 
-    def __init__(self, model: ModelConfig, precision: PrecisionConfig, weights: Arrays) -> None:
-        self.module = torch_ref.weights.from_hf(weights, model, precision)
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, weights: Arrays, device: str = "cpu") -> None:
+        self.module, self.device = torch_ref.weights.from_hf(weights, model, precision, device), device
 
     def weights(self) -> Arrays:
         return torch_ref.weights.to_hf(dict(self.module.named_parameters()))
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return self.module(torch.tensor(tokens_BT)).numpy()
+            return self.module(torch.tensor(tokens_BT, device=self.device)).cpu().numpy()
 
     def loss_and_grads(self, inputs_BT, targets_BT, dropout_seed: int | None = None) -> tuple[float, Arrays]:
         self.module.zero_grad()
         key = None if dropout_seed is None else torch_random.key(dropout_seed)
-        loss = self.module.loss(torch.tensor(inputs_BT), torch.tensor(targets_BT).long(), dropout_key=key)
+        loss = self.module.loss(*self._tensors(inputs_BT, targets_BT), dropout_key=key)
         loss.backward()
         grads = {name: parameter.grad for name, parameter in self.module.named_parameters()}
         return loss.item(), torch_ref.weights.to_hf(grads)
 
     def evaluate(self, inputs_BT, targets_BT) -> tuple[float, int]:
         with torch.no_grad():
-            loss, correct = self.module.evaluate(torch.tensor(inputs_BT), torch.tensor(targets_BT).long())
+            loss, correct = self.module.evaluate(*self._tensors(inputs_BT, targets_BT))
             return loss.item(), int(correct)
+
+    def _tensors(self, *tokens_BT: np.ndarray) -> list[torch.Tensor]:
+        return [torch.tensor(tokens, device=self.device).long() for tokens in tokens_BT]
 
 
 # Compiling an update takes far longer than running it, and tests of one configuration can share it.
@@ -125,12 +128,13 @@ class JaxTraining:
 class TorchTraining:
     """torch_ref's training, update by update."""
 
-    def __init__(self, config: RunConfig, weights: Arrays) -> None:
-        self.state = torch_ref.train.init_state(config, weights)
+    def __init__(self, config: RunConfig, weights: Arrays, device: str = "cpu") -> None:
+        self.device = device
+        self.state = torch_ref.train.init_state(config, weights, device)
         self.train_step = torch_ref.train.make_train_step(config)
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
-        batch = torch.tensor(inputs_ABT).long(), torch.tensor(targets_ABT).long()
+        batch = [torch.tensor(tokens, device=self.device).long() for tokens in (inputs_ABT, targets_ABT)]
         self.state, metrics = self.train_step(self.state, *batch)
         return {name: float(value) for name, value in metrics.items()}
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
+PROFILE_AFTER = 3
+"""Updates before a trace begins: the first one compiles, the next ones still fill caches."""
+
 
 class UserError(ValueError):
     """A mistake of the user's: the command line prints its one line and exits with 2. Any other ValueError is a bug."""
@@ -282,6 +285,8 @@ class RunConfig:
     """Prompts of the samples at the end of the run."""
     sample_tokens: int = 100
     """Tokens per sample; 0 writes none."""
+    profile_steps: int = 0
+    """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
@@ -295,7 +300,12 @@ class RunConfig:
             *("steps", "accumulation", "batch_size", "sequence_length", "clip_norm"),
             *("log_every", "eval_every", "save_every"),
         )
-        _require_rate(self, "sample_tokens")
+        _require_rate(self, "sample_tokens", "profile_steps")
+        require(
+            self.profile_steps == 0 or PROFILE_AFTER + self.profile_steps <= self.steps,
+            f"profile_steps={self.profile_steps} needs steps of at least {PROFILE_AFTER + self.profile_steps}, as the "
+            f"first {PROFILE_AFTER} are not traced; raise --steps or lower it.",
+        )
         require(
             0 <= self.seed < 2**32,
             f"seed={self.seed} must lie in [0, 2**32), the width of a Threefry key word; choose e.g. 0.",

@@ -3,12 +3,13 @@
 A framework offers a `Trainer`; everything here is NumPy and the same for both, so their runs compare line by line.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -16,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from recipe.checkpoint import load_folder, save_folder, to_hf_config
-from recipe.config import RunConfig, require, to_dict
+from recipe.config import PROFILE_AFTER, RunConfig, require, to_dict
 from recipe.data import Dataset, ngram_baselines, prepare
 from recipe.params import init_params, param_counts
 from recipe.runlog import RunLog, plot_runs
@@ -52,6 +53,9 @@ class Trainer(Protocol):
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
+
+    def profile(self, folder: Path) -> contextlib.AbstractContextManager:
+        """Trace the updates made inside into the folder."""
 
 
 class Interruption:
@@ -206,7 +210,7 @@ def _optimize(
     if position == 0:
         evaluate(0)
     pending, since = [], time.perf_counter()
-    for step in range(first, config.steps + 1):
+    for step in _traced(range(first, config.steps + 1), config, trainer):
         pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
         stopping, last = interruption.signal is not None, step == config.steps
         evaluating = last or step % config.eval_every == 0
@@ -227,6 +231,17 @@ def _optimize(
         if stopping:
             interruption.leave()
     return best
+
+
+def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterator[int]:
+    """The steps; the trainer traces `profile_steps` of them after the first PROFILE_AFTER."""
+    with contextlib.ExitStack() as trace:
+        for done, step in enumerate(steps):
+            if config.profile_steps and done == PROFILE_AFTER:
+                trace.enter_context(trainer.profile(Path(config.out) / "profile"))
+            if done == PROFILE_AFTER + config.profile_steps:
+                trace.close()
+            yield step
 
 
 def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path) -> list[str]:

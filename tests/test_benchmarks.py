@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import job, machine, report
-from benchmarks.throughput import FOREIGN_CORES, REPEATS, Meter, ThroughputConfig
+from benchmarks.throughput import FOREIGN_CORES, REPEATS, XLA_PRESETS, Meter, ThroughputConfig
 from parity_tests.tolerance import UNIT_ROUNDOFF
 from recipe.params import newton_schulz_flops, train_flops_per_token
 
@@ -39,7 +39,7 @@ def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "small"
-    done = bench("--modes", "jax,torch-eager", "--out", str(out))
+    done = bench("--modes", "jax,torch-eager", "--shares", "True", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return done, out
 
@@ -64,9 +64,58 @@ def test_a_small_run_writes_rows_that_agree_and_add_up(finished):
         assert 4 < row["first_loss"] < 6
         assert row["first_update_seconds"] > 0 and report.peak_bytes(row) > 2**20
         assert {"git_commit", "versions", "cpu", "command", "date", "flop_formula"} <= row.keys()
+        assert row["flags"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        assert row["parts"].keys() == job.PARTS.keys()
+        for part in row["parts"].values():
+            assert part["seconds"] > 0 and part["share"] == part["seconds"] / row["seconds_per_update"]["median"]
+        assert row["first_step_seconds"]["cold"] > row["first_update_seconds"], "the start of the process counts"
     table = out.with_suffix(".md").read_text()
     assert table in done.stdout + "\n" and "| jax |" in table and "| torch-eager |" in table
+    assert all(f"| {what} |" in table for what in job.PARTS.values())
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_worker_at_a_time_is_started_twice_and_shows_the_warm_cache(tmp_path):
+    """The notebook's path beside ours, in torch alone, which starts fastest."""
+    out = tmp_path / "alone"
+    arguments = ["--modes", "torch-eager,seed", "--exclusive", "True", "--shares", "True", "--out", str(out)]
+    # Without torch.compile, which takes most of a minute and is the compiler's business.
+    done = bench(*arguments, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stderr
+    rows = {row["mode"]: row for row in map(json.loads, out.with_suffix(".jsonl").read_text().splitlines())}
+    assert rows.keys() == {"torch-eager", "seed"}
+    order = [line.partition(",")[0] for line in done.stdout.splitlines() if "cache: first update" in line]
+    assert order == ["torch-eager", "seed", "seed", "torch-eager"]
+    for row in rows.values():
+        assert row["first_step_seconds"].keys() == {"cold", "warm"} and len(row["seconds"]) == 2
+        assert row["parts"].keys() == job.PARTS.keys() and row["flags"]["TORCHDYNAMO_DISABLE"] == "1"
+    assert rows["seed"]["contract"]["attention"] == "SDPA, K/V heads repeated"
+
+
+def test_a_sweep_is_drawn_as_curves(finished, tmp_path):
+    rows = [json.loads(line) for line in finished[1].with_suffix(".jsonl").read_text().splitlines()]
+    assert not report.plot_scaling(rows, tmp_path / "none.png") and not list(tmp_path.iterdir())
+    longer = [json.loads(json.dumps(row)) for row in rows]
+    for row in longer:
+        row["config"]["sequence_length"] *= 2
+    assert report.plot_scaling(rows + longer, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [len(group) for group in report.groups(rows + longer)] == [2, 2], "one table a shape"
+
+
+def test_a_sweep_runs_every_length_with_every_batch():
+    options = ThroughputConfig(batch_size="2,8", sequence_length="256,512")
+    assert options.shapes == [(2, 256), (8, 256), (2, 512), (8, 512)]
+    assert ThroughputConfig().shapes == [(None, None)]
+
+
+def test_the_compiler_knows_the_flags_of_every_preset():
+    """XLA ends the process at a flag it does not know, on a CPU too."""
+    environment = os.environ | {"XLA_FLAGS": XLA_PRESETS["h100"], "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert XLA_PRESETS["none"] == "" == ThroughputConfig(xla_preset="none").xla_preset.removeprefix("none")
 
 
 def test_results_are_never_overwritten(finished):
@@ -119,6 +168,16 @@ def test_flops_by_hand():
     newton_schulz = sum(5 * (4 * 32 * 32 * m + 2 * 32**3) for m in (192, 64, 64, 192, 512, 512, 512))
     assert newton_schulz_flops(config.model) == newton_schulz
     assert job.flops_per_update(config) == 32 * per_token + newton_schulz
+
+
+def test_parts_and_the_other_products_make_the_whole():
+    config = resolve()
+    parts, tokens = job.part_flops(config), 32
+    assert parts["attention"] == tokens * 12 * 6 * 32 * 4.5
+    assert parts["cross_entropy"] == tokens * 6 * 97 * 32
+    projections = 192 * 32 + 2 * 64 * 32 + 32 * 192 + 3 * 512 * 32
+    rest = tokens * 6 * projections
+    assert sum(parts.values()) - parts["newton_schulz"] + rest == job.flops_per_update(config)
 
 
 def test_statistics_by_hand():
@@ -175,6 +234,11 @@ def test_a_disturbed_measurement_is_repeated_and_the_quietest_kept(monkeypatch):
         ({"round_seconds": -1.0}, "--round-seconds -1.0 must be at least 0"),
         ({"threads": -1}, "--threads -1 must be at least 0"),
         ({"modes": "jax,hf", "dropout": 0.1}, "--dropout 0.1 excludes mode hf"),
+        ({"modes": "jax,seed", "dropout": 0.1}, "--dropout 0.1 excludes mode seed"),
+        ({"batch_size": "2,x"}, "--batch_size 2,x must be whole numbers"),
+        ({"sequence_length": "0"}, "--sequence_length 0 must be whole numbers"),
+        ({"xla_preset": "fast"}, "--xla-preset fast is unknown; choose from none, "),
+        ({"exclusive": True, "rounds": 1}, "--rounds 1 must be at least 2 with --exclusive"),
     ],
 )
 def test_bad_options_are_refused(changes, message):

@@ -3,9 +3,11 @@
 Twin: `jax_impl/train.py`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -149,6 +151,16 @@ class Trainer:
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path) -> Iterator[None]:
+        """Trace the updates made inside: trace.json.gz for ui.perfetto.dev."""
+        with torch.profiler.profile() as trace:
+            yield
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(folder / "trace.json.gz"))
 
 
 def train(config: RunConfig) -> None:
