@@ -77,7 +77,7 @@ MISTAKES = {
     "--model.sequence-length 8": ["--sequence-length"],
     "--preset sed": ["sed", "seed"],
     "--preset": ["--preset"],
-    "--steps abc": ["--steps", "abc", "int", "400"],
+    "--steps abc": ["--steps", "abc", "int", "320"],
     "--steps 1.5": ["--steps", "1.5", "int"],
     "--steps": ["--steps", "int"],
     "--steps --seed 3": ["--steps", "int"],

@@ -65,7 +65,7 @@ def test_no_int_is_negative(part, name):
         part(**{name: -1})
 
 
-ZERO_IS_FINE = {"max_window_layers", "sample_tokens", "seed"}
+ZERO_IS_FINE = {"max_window_layers", "profile_steps", "sample_tokens", "seed"}
 
 
 @pytest.mark.parametrize(("part", "name"), INTS, ids=lambda x: x if isinstance(x, str) else x.__name__)
