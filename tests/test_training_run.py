@@ -193,8 +193,8 @@ def test_a_run_begins_with_given_weights(folder, runs, tmp_path):
     assert done.returncode == 0, done.stderr
     first, *_ = [record["loss"] for record in measured(tmp_path / "run") if record["kind"] == "validation"]
     begun = [record["loss"] for record in measured(folder / "jax") if record["kind"] == "validation"]
-    # The same weights on the same text, in the other framework: 2**-20 is 16 roundings of float32.
-    assert first == pytest.approx(min(begun), rel=2**-20)
+    # The same weights on the same text in the other framework: float32 rounding alone, one a layer of each side's, at most.
+    check("validation loss", first, min(begun), 16 * UNIT_ROUNDOFF["float32"])
 
 
 REFUSED = {
