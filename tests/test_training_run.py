@@ -193,7 +193,7 @@ def test_a_run_begins_with_given_weights(folder, runs, tmp_path):
     assert done.returncode == 0, done.stderr
     first, *_ = [record["loss"] for record in measured(tmp_path / "run") if record["kind"] == "validation"]
     begun = [record["loss"] for record in measured(folder / "jax") if record["kind"] == "validation"]
-    # The same weights on the same text in the other framework: float32 rounding alone, one a layer of each side's, at most.
+    # The same weights and text in the other framework: float32 rounding alone, at most one a layer of each side.
     check("validation loss", first, min(begun), 16 * UNIT_ROUNDOFF["float32"])
 
 
