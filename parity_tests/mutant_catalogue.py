@@ -89,7 +89,7 @@ MUTANTS = (
     Mutant(
         "rotation over heads instead of positions",
         MODEL,
-        "cos, sin = cos_TR[:, None, :].astype(wide), sin_TR[:, None, :].astype(wide)",
+        "cos, sin = cos_TR[..., None, :].astype(wide), sin_TR[..., None, :].astype(wide)",
         "N = x_BTNH.shape[2]\n    cos, sin = cos_TR[:N].astype(wide), sin_TR[:N].astype(wide)",
         LOGITS,
     ),
