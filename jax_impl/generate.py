@@ -6,19 +6,19 @@ token per row. Twin: `torch_ref/generate.py`.
 
 import functools
 import sys
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jax_impl import random
 from jax_impl.model import KVCache, Qwen3ForCausalLM, accumulator, contract_held
-from jax_impl.weights import Params, bind, flax_path, from_hf, model_structure
+from jax_impl.weights import Params, bind, flax_path, model_structure
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.generation import CHUNK, Batch, Generator, SamplingOptions, run_command
-from recipe.params import param_specs
+from recipe.params import check_weights, param_specs
 
 
 class DecodeState(NamedTuple):
@@ -78,75 +78,77 @@ def held_dtype(precision: PrecisionConfig) -> jnp.dtype:
     return accumulator(compute) if jax.default_backend() == "cpu" else compute
 
 
-def held_params(weights: dict[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
-    """Parameters by Flax path; matrices, embedding and head are rounded to the compute dtype here and nowhere later."""
-    params = from_hf(weights, config, precision)
+def held_params(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
+    """Parameters by Flax path for `Linear.held`; matrices, embedding and head are rounded to the compute dtype here."""
+    check_weights(weights, config)
+    params = {}
     for name, (_, role) in param_specs(config).items():
+        param = jnp.asarray(weights[name], precision.params)
         if role in ("matrix", "embedding", "head"):
-            path = flax_path(name, role)
-            params[path] = params[path].astype(precision.compute).astype(held_dtype(precision))
+            param = param.astype(precision.compute).astype(held_dtype(precision))
+        params[flax_path(name, role)] = param
     return params
 
 
-def bind_held(graph: nnx.GraphDef, params: Params) -> Qwen3ForCausalLM:
-    """`bind` for parameters that `held_params` made."""
-    model = bind(graph, params)
-    model.set_attributes(held=True)
-    return model
+@functools.lru_cache(maxsize=4)
+def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable, Callable]:
+    """`prefill` and `decode`, jitted, for every generator of this model."""
+    graph = model_structure(config, precision)
 
+    def bind_held(params: Params) -> Qwen3ForCausalLM:
+        model = bind(graph, params)
+        model.set_attributes(held=True)
+        return model
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "dtype", "samples"))
-def prefill(
-    params: Params, tokens_PT: jax.Array, *, graph: nnx.GraphDef, slots: int, dtype, samples: int
-) -> list[tuple[jax.Array, jax.Array]]:
-    """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
-    model = bind_held(graph, params)
-    cache = KVCache.empty(model.config, len(tokens_PT), slots, dtype)
-    model.model(tokens_PT, cache=cache)
-    return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
+    @functools.partial(jax.jit, static_argnames=("slots", "samples"))
+    def prefill(params: Params, tokens_PT: jax.Array, *, slots: int, samples: int) -> list[tuple[jax.Array, jax.Array]]:
+        """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
+        cache = KVCache.empty(config, len(tokens_PT), slots, held_dtype(precision))
+        bind_held(params).model(tokens_PT, cache=cache)
+        return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
 
+    @functools.partial(jax.jit, static_argnames="choice", donate_argnames="state")
+    def decode(
+        params: Params, state: DecodeState, key_B: jax.Array, stop_ids: jax.Array, count: int, *, choice: tuple
+    ) -> tuple[DecodeState, jax.Array]:
+        """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
 
-@functools.partial(jax.jit, static_argnames=("graph", "choice"), donate_argnames="state")
-def decode(
-    params: Params, state: DecodeState, key_B: jax.Array, stop_ids: jax.Array, count: int, *, graph, choice: tuple
-) -> tuple[DecodeState, jax.Array]:
-    """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
+        What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
+        """
+        model = bind_held(params)
+        choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
 
-    What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
-    """
-    model = bind_held(graph, params)
-    choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
+        def unfinished(carry):
+            index, state, _ = carry
+            return (index < count) & ~jnp.all(state.done_B)
 
-    def unfinished(carry):
-        index, state, _ = carry
-        return (index < count) & ~jnp.all(state.done_B)
+        def step(carry):
+            index, state, new_BC = carry
+            cache = KVCache(state.layers, state.position_B)
+            x_BD = model.model(state.token_B[:, None], cache=cache)[:, 0]
+            logits_BV = contract_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
+            position_B = state.position_B + 1
+            token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
+            seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
+            done_B = state.done_B | jnp.isin(token_B, stop_ids)
+            state = DecodeState(cache.layers, token_B, position_B, seen_BV, done_B)
+            return index + 1, state, new_BC.at[:, index].set(token_B)
 
-    def step(carry):
-        index, state, new_BC = carry
-        cache = KVCache(state.layers, state.position_B)
-        x_BD = model.model(state.token_B[:, None], cache=cache)[:, 0]
-        logits_BV = contract_held("bd,vd->bv", x_BD, model.head_VD, accumulator(x_BD.dtype))
-        position_B = state.position_B + 1
-        token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
-        seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
-        done_B = state.done_B | jnp.isin(token_B, stop_ids)
-        state = DecodeState(cache.layers, token_B, position_B, seen_BV, done_B)
-        return index + 1, state, new_BC.at[:, index].set(token_B)
+        new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)
+        _, state, new_BC = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new_BC))
+        return state, new_BC
 
-    new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)
-    _, state, new_BC = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new_BC))
-    return state, new_BC
+    return prefill, decode
 
 
 def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dict[str, np.ndarray]) -> Generator:
     """`generate(tokens, options)`, an iterator over new tokens, on these weights; `generate.batch` for many prompts."""
-    graph = model_structure(config, precision)
+    prefill, decode = compiled(config, precision)
     params = held_params(weights, config, precision)
 
     def start(batch: Batch, options: SamplingOptions):
-        shape = dict(slots=batch.slots, dtype=held_dtype(precision), samples=options.samples)
         with jax.default_matmul_precision(precision.matmul):
-            layers = prefill(params, batch.tokens_PT, graph=graph, **shape)
+            layers = prefill(params, batch.tokens_PT, slots=batch.slots, samples=options.samples)
         token_B, position_B, seen_BV = map(jnp.array, (batch.token_B, batch.position_B, batch.seen_BV))
         state = DecodeState(layers, token_B, position_B, seen_BV, done_B=None)
         key_B = jnp.stack([random.key(options.seed, sample) for sample in batch.sample_B])
@@ -156,7 +158,7 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
             nonlocal state
             state = state._replace(done_B=jnp.array(done_B))
             with jax.default_matmul_precision(precision.matmul):
-                state, new_BC = decode(params, state, key_B, stop_ids, count, graph=graph, choice=options.choice)
+                state, new_BC = decode(params, state, key_B, stop_ids, count, choice=options.choice)
             return np.asarray(new_BC)[:, :count]
 
         return advance
