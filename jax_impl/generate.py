@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jax_impl import random
 from jax_impl.model import KVCache, Qwen3ForCausalLM, accumulator, contract_held
@@ -20,11 +21,13 @@ from recipe.config import ModelConfig, PrecisionConfig
 from recipe.generation import CHUNK, Batch, Generator, SamplingOptions, run_command
 from recipe.params import check_weights, param_specs
 
+Layers = list[tuple[jax.Array, jax.Array]]
+
 
 class DecodeState(NamedTuple):
     """What one step hands to the next: the cache, each row's last token and its position, tokens seen, who is done."""
 
-    layers: list[tuple[jax.Array, jax.Array]]
+    layers: Layers
     token_B: jax.Array
     position_B: jax.Array
     seen_BV: jax.Array
@@ -90,21 +93,32 @@ def held_params(weights: Mapping[str, np.ndarray], config: ModelConfig, precisio
     return params
 
 
+def bind_held(graph: nnx.GraphDef, params: Params) -> Qwen3ForCausalLM:
+    """`bind` for what `held_params` made."""
+    model = bind(graph, params)
+    model.set_attributes(held=True)
+    return model
+
+
+def next_logits(
+    model: Qwen3ForCausalLM, layers: Layers, token_B: jax.Array, position_B: jax.Array
+) -> tuple[Layers, jax.Array]:
+    """The cache's layers with each row's token at its position, and the logits of what follows it, float32 or wider."""
+    cache = KVCache(layers, position_B)
+    x_BD = model.model(token_B[:, None], cache=cache)[:, 0]
+    return cache.layers, contract_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
+
+
 @functools.lru_cache(maxsize=4)
 def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable, Callable]:
     """`prefill` and `decode`, jitted, for every generator of this model."""
     graph = model_structure(config, precision)
 
-    def bind_held(params: Params) -> Qwen3ForCausalLM:
-        model = bind(graph, params)
-        model.set_attributes(held=True)
-        return model
-
     @functools.partial(jax.jit, static_argnames=("slots", "samples"))
-    def prefill(params: Params, tokens_PT: jax.Array, *, slots: int, samples: int) -> list[tuple[jax.Array, jax.Array]]:
+    def prefill(params: Params, tokens_PT: jax.Array, *, slots: int, samples: int) -> Layers:
         """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
         cache = KVCache.empty(config, len(tokens_PT), slots, held_dtype(precision))
-        bind_held(params).model(tokens_PT, cache=cache)
+        bind_held(graph, params).model(tokens_PT, cache=cache)
         return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
 
     @functools.partial(jax.jit, static_argnames="choice", donate_argnames="state")
@@ -115,7 +129,7 @@ def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable,
 
         What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
         """
-        model = bind_held(params)
+        model = bind_held(graph, params)
         choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
 
         def unfinished(carry):
@@ -124,14 +138,12 @@ def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable,
 
         def step(carry):
             index, state, new_BC = carry
-            cache = KVCache(state.layers, state.position_B)
-            x_BD = model.model(state.token_B[:, None], cache=cache)[:, 0]
-            logits_BV = contract_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
+            layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
             position_B = state.position_B + 1
             token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
             seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
             done_B = state.done_B | jnp.isin(token_B, stop_ids)
-            state = DecodeState(cache.layers, token_B, position_B, seen_BV, done_B)
+            state = DecodeState(layers, token_B, position_B, seen_BV, done_B)
             return index + 1, state, new_BC.at[:, index].set(token_B)
 
         new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)

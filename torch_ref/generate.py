@@ -19,11 +19,13 @@ from torch_ref import random
 from torch_ref.model import KVCache, Qwen3ForCausalLM, accumulator
 from torch_ref.weights import from_hf
 
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 class DecodeState(NamedTuple):
     """What one step hands to the next: the cache, each row's last token and its position, tokens seen, who is done."""
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: Layers
     token_B: torch.Tensor
     position_B: torch.Tensor
     seen_BV: torch.Tensor
@@ -88,9 +90,19 @@ def held_model(
 
 
 @torch.no_grad()
+def next_logits(
+    model: Qwen3ForCausalLM, layers: Layers, token_B: torch.Tensor, position_B: torch.Tensor
+) -> tuple[Layers, torch.Tensor]:
+    """The cache's layers with each row's token at its position, and the logits of what follows it, float32 or wider."""
+    cache = KVCache(layers, position_B)
+    x_BD = model.model(token_B[:, None], cache=cache)[:, 0]
+    return cache.layers, F.linear(x_BD, model.head_VD).to(accumulator(x_BD.dtype))
+
+
+@torch.no_grad()
 def prefill(
     model: Qwen3ForCausalLM, tokens_PT: torch.Tensor, *, slots: int, dtype: torch.dtype, samples: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> Layers:
     """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
     cache = KVCache.empty(model.config, len(tokens_PT), slots, dtype, tokens_PT.device)
     model.model(tokens_PT, cache=cache)
@@ -107,16 +119,14 @@ def decode(
     """
 
     def step(state):
-        cache = KVCache(state.layers, state.position_B)
-        x_BD = model.model(state.token_B[:, None], cache=cache)[:, 0]
-        logits_BV = F.linear(x_BD, model.head_VD).to(accumulator(x_BD.dtype))
+        layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
         position_B = state.position_B + 1
         keys = [random.fold_in(key, position) for key, position in zip(key_B, position_B.tolist(), strict=True)]
         rows = zip(logits_BV, state.seen_BV, keys, strict=True)
         token_B = torch.stack([sample_token(*row, **dict(choice)) for row in rows])
         seen_BV = state.seen_BV.scatter(1, token_B[:, None], True)
         done_B = state.done_B | torch.isin(token_B, stop_ids)
-        return DecodeState(cache.layers, token_B, position_B, seen_BV, done_B)
+        return DecodeState(layers, token_B, position_B, seen_BV, done_B)
 
     new = []
     while len(new) < count and not state.done_B.all():
