@@ -1,29 +1,47 @@
 """Text generation in JAX: `python -m jax_impl.generate --checkpoint runs/NAME --prompt "..."`.
 
-Twin: `torch_ref/generate.py`.
+The prompts of a batch are one compiled call. So is each chunk of new tokens, a loop on the device over steps of one
+token per row. Twin: `torch_ref/generate.py`.
 """
 
 import functools
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jax_impl import random
-from jax_impl.model import contract
-from jax_impl.weights import bind, from_hf, model_structure
+from jax_impl.model import KVCache, Qwen3ForCausalLM, accumulator, contract_held
+from jax_impl.weights import Params, bind, flax_path, model_structure
 from recipe.config import ModelConfig, PrecisionConfig
-from recipe.generation import SamplingOptions, check_context, run_command
+from recipe.generation import CHUNK, Batch, Generator, SamplingOptions, run_command
+from recipe.params import check_weights, param_specs
 
-# Buffers grow by whole multiples of this many tokens, so that few lengths are compiled.
-LENGTH_STEP = 128
+Layers = list[tuple[jax.Array, jax.Array]]
 
 
-def filter_logits(logits_V: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Logits over temperature, -inf outside the k largest and outside the smallest set that reaches probability p."""
+class DecodeState(NamedTuple):
+    """What one step hands to the next: the cache, each row's last token and its position, tokens seen, who is done."""
+
+    layers: Layers
+    token_B: jax.Array
+    position_B: jax.Array
+    seen_BV: jax.Array
+    done_B: jax.Array
+
+
+def penalize(logits_V: jax.Array, seen_V: jax.Array, penalty: float) -> jax.Array:
+    """Logits of tokens seen before over the penalty where positive, times it where negative (Keskar et al., 2019)."""
+    return jnp.where(seen_V, jnp.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
+
+
+def filter_logits(logits_V: jax.Array, *, temperature: float, top_k: int, top_p: float, min_p: float) -> jax.Array:
+    """Logits over temperature; -inf outside the k largest, then outside the smallest set that reaches probability p,
+    then where the probability is below min_p times the largest."""
     logits_V = logits_V / temperature
     if top_k:
         kth = jax.lax.top_k(logits_V, min(top_k, logits_V.shape[-1]))[0][-1]
@@ -35,51 +53,129 @@ def filter_logits(logits_V: jax.Array, *, temperature: float, top_k: int, top_p:
         stays = jnp.cumsum(probs) - probs < top_p
         smallest = jnp.min(jnp.where(stays, descending, jnp.inf))
         logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
+    if min_p > 0.0:
+        probs = jax.nn.softmax(logits_V)
+        logits_V = jnp.where(probs < min_p * jnp.max(probs), -jnp.inf, logits_V)
     return logits_V
 
 
-def sample_token(logits_V: jax.Array, key, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
+def sample_token(
+    logits_V: jax.Array, seen_V: jax.Array, key, *, repetition_penalty: float, temperature: float, **filters
+) -> jax.Array:
     """Index of the next token: the largest logit at temperature 0, else the largest with Gumbel noise added."""
+    if repetition_penalty != 1.0:
+        logits_V = penalize(logits_V, seen_V, repetition_penalty)
     if temperature == 0.0:
         return jnp.argmax(logits_V)
-    logits_V = filter_logits(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+    logits_V = filter_logits(logits_V, temperature=temperature, **filters)
     return jnp.argmax(logits_V + random.gumbel(key, logits_V.shape))
 
 
-def make_generator(
-    config: ModelConfig, precision: PrecisionConfig, weights: dict[str, np.ndarray]
-) -> Callable[[list[int], SamplingOptions], Iterable[int]]:
-    """`generate(tokens, options)`, an iterator over new tokens, on these weights.
+def held_dtype(precision: PrecisionConfig) -> jnp.dtype:
+    """The dtype in which weights and cache wait for the next step: the compute dtype, or on a CPU at least float32.
 
-    Every token recomputes the whole sequence, padded at the end to a compiled length: causal attention cannot see it.
+    The values are those of the compute dtype either way. XLA's CPU backend has no fast product of a bfloat16 matrix and
+    a vector: 40 times slower than in float32 on a machine without bfloat16 units.
     """
+    compute = jnp.dtype(precision.compute)
+    return accumulator(compute) if jax.default_backend() == "cpu" else compute
+
+
+def held_params(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
+    """Parameters by Flax path for `Linear.held`; matrices, embedding and head are rounded to the compute dtype here."""
+    check_weights(weights, config)
+    params = {}
+    for name, (_, role) in param_specs(config).items():
+        param = jnp.asarray(weights[name], precision.params)
+        if role in ("matrix", "embedding", "head"):
+            param = param.astype(precision.compute).astype(held_dtype(precision))
+        params[flax_path(name, role)] = param
+    return params
+
+
+def bind_held(graph: nnx.GraphDef, params: Params) -> Qwen3ForCausalLM:
+    """`bind` for what `held_params` made."""
+    model = bind(graph, params)
+    model.set_attributes(held=True)
+    return model
+
+
+def next_logits(
+    model: Qwen3ForCausalLM, layers: Layers, token_B: jax.Array, position_B: jax.Array
+) -> tuple[Layers, jax.Array]:
+    """The cache's layers with each row's token at its position, and the logits of what follows it, float32 or wider."""
+    cache = KVCache(layers, position_B)
+    x_BD = model.model(token_B[:, None], cache=cache)[:, 0]
+    return cache.layers, contract_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
+
+
+@functools.lru_cache(maxsize=4)
+def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable, Callable]:
+    """`prefill` and `decode`, jitted, for every generator of this model."""
     graph = model_structure(config, precision)
-    params = from_hf(weights, config, precision)
 
-    @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
-    def next_token(params, tokens_L, length, key, **options):
-        model = bind(graph, params)
-        last_D = model.model(tokens_L[None])[0, length - 1]
-        logits_V = contract("d,vd->v", last_D, model.head_VD, jnp.float32)
-        return sample_token(logits_V, random.fold_in(key, length), **options)
+    @functools.partial(jax.jit, static_argnames=("slots", "samples"))
+    def prefill(params: Params, tokens_PT: jax.Array, *, slots: int, samples: int) -> Layers:
+        """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
+        cache = KVCache.empty(config, len(tokens_PT), slots, held_dtype(precision))
+        bind_held(graph, params).model(tokens_PT, cache=cache)
+        return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
 
-    def generate(tokens: list[int], options: SamplingOptions) -> Iterator[int]:
-        check_context(config, len(tokens), options)
-        longest = math.ceil((len(tokens) + options.max_new_tokens) / LENGTH_STEP) * LENGTH_STEP
-        buffer_L = np.zeros(min(longest, config.max_position_embeddings), np.int32)
-        buffer_L[: len(tokens)] = tokens
-        key = random.key(options.seed)
-        choice = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-        for length in range(len(tokens), len(tokens) + options.max_new_tokens):
+    @functools.partial(jax.jit, static_argnames="choice", donate_argnames="state")
+    def decode(
+        params: Params, state: DecodeState, key_B: jax.Array, stop_ids: jax.Array, count: int, *, choice: tuple
+    ) -> tuple[DecodeState, jax.Array]:
+        """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
+
+        What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
+        """
+        model = bind_held(graph, params)
+        choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
+
+        def unfinished(carry):
+            index, state, _ = carry
+            return (index < count) & ~jnp.all(state.done_B)
+
+        def step(carry):
+            index, state, new_BC = carry
+            layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
+            position_B = state.position_B + 1
+            token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
+            seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
+            done_B = state.done_B | jnp.isin(token_B, stop_ids)
+            state = DecodeState(layers, token_B, position_B, seen_BV, done_B)
+            return index + 1, state, new_BC.at[:, index].set(token_B)
+
+        new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)
+        _, state, new_BC = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new_BC))
+        return state, new_BC
+
+    return prefill, decode
+
+
+def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dict[str, np.ndarray]) -> Generator:
+    """`generate(tokens, options)`, an iterator over new tokens, on these weights; `generate.batch` for many prompts."""
+    prefill, decode = compiled(config, precision)
+    params = held_params(weights, config, precision)
+
+    def start(batch: Batch, options: SamplingOptions):
+        with jax.default_matmul_precision(precision.matmul):
+            layers = prefill(params, batch.tokens_PT, slots=batch.slots, samples=options.samples)
+        token_B, position_B, seen_BV = map(jnp.array, (batch.token_B, batch.position_B, batch.seen_BV))
+        state = DecodeState(layers, token_B, position_B, seen_BV, done_B=None)
+        key_B = jnp.stack([random.key(options.seed, sample) for sample in batch.sample_B])
+        stop_ids = np.array(options.stop_ids, np.int32)
+
+        def advance(count: int, done_B: np.ndarray) -> np.ndarray:
+            nonlocal state
+            state = state._replace(done_B=jnp.array(done_B))
             with jax.default_matmul_precision(precision.matmul):
-                token = int(next_token(params, buffer_L, length, key, **choice))
-            if token in options.stop_ids:
-                return
-            yield token
-            if length < len(buffer_L):
-                buffer_L[length] = token
+                state, new_BC = decode(params, state, key_B, stop_ids, count, choice=options.choice)
+            return np.asarray(new_BC)[:, :count]
 
-    return generate
+        return advance
+
+    return Generator(config, start)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,15 @@ def _contract_backward(spec, dtype, residuals, cotangent):
 contract.defvjp(_contract_forward, _contract_backward)
 
 
+def contract_held(weight_OI: jax.Array, x_MI: jax.Array, dtype) -> jax.Array:
+    """x weight^T (M, O) for weights as generation holds them: torch's layout, and x is cast to their dtype instead.
+
+    XLA's CPU backend multiplies few rows two to four times as fast with the weights first; the barrier keeps it from
+    turning the product round to save the transpose of the result.
+    """
+    return jax.lax.optimization_barrier(contract("oi,mi->om", weight_OI, x_MI, dtype)).T
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
     if key is None or rate == 0.0:
@@ -76,9 +85,9 @@ def rope_table(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def apply_rope(x_BTNH: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array) -> jax.Array:
-    """Rotate the pairs (x[r], x[r + R]) of every head by the angle of their position."""
+    """Rotate the pairs (x[r], x[r + R]) of every head by its position's angle; the tables may have rows, (B, T, R)."""
     wide = accumulator(x_BTNH.dtype)
-    cos, sin = cos_TR[:, None, :].astype(wide), sin_TR[:, None, :].astype(wide)
+    cos, sin = cos_TR[..., None, :].astype(wide), sin_TR[..., None, :].astype(wide)
     first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
@@ -126,6 +135,52 @@ def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, 
 def has_fused_attention(dtype) -> bool:
     """Whether `fused_attention` can run: on a GPU in a 16-bit dtype; elsewhere the explicit code is the fast one."""
     return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
+
+
+class KVCache:
+    """Keys and values of earlier tokens, k_BKSH and v_BKSH for each layer: slot s holds position s of its row.
+
+    `position_B` is the position of each row's one new token. None means prompts: T tokens of every row go to the slots
+    from 0 on, padded at the end, where causal attention does not look and new tokens overwrite the padding in time.
+    """
+
+    def __init__(self, layers: list[tuple[jax.Array, jax.Array]], position_B: jax.Array | None = None) -> None:
+        self.layers, self.position_B = list(layers), position_B
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, slots: int, dtype) -> "KVCache":
+        """A cache without tokens."""
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        return cls([(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)])
+
+    @property
+    def slots(self) -> int:
+        """S, the length of the longest row that fits."""
+        return self.layers[0][0].shape[2]
+
+    def append(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array) -> None:
+        """Put the new tokens' keys and values into their slots."""
+        k_BKSH, v_BKSH = self.layers[layer]
+        B, T, K, _ = k_BTKH.shape
+        b, k, s = np.ogrid[:B, :K, :T]
+        if self.position_B is not None:
+            s = self.position_B[:, None, None]
+        # Every (row, head) is a write of its own: of a single write the compiler makes one that copies the cache first.
+        k_BKTH, v_BKTH = (x.swapaxes(1, 2).astype(k_BKSH.dtype) for x in (k_BTKH, v_BTKH))
+        self.layers[layer] = k_BKSH.at[b, k, s].set(k_BKTH), v_BKSH.at[b, k, s].set(v_BKTH)
+
+    def attend(self, layer: int, q_BTNH: jax.Array, *, window: int | None) -> jax.Array:
+        """`attention` of each row's new token, T = 1, over the slots up to its own."""
+        k_BKSH, v_BKSH = self.layers[layer]
+        B, T, N, H = q_BTNH.shape
+        K, S = k_BKSH.shape[1:3]
+        dtype = q_BTNH.dtype
+        q_BKGH = q_BTNH.reshape(B, K, N // K, H)
+        t, s = self.position_B[:, None], np.arange(S)[None, :]
+        visible_BS = (s <= t) if window is None else (s <= t) & (s > t - window)
+        scores_BKGS = contract("bksh,bkgh->bkgs", k_BKSH, q_BKGH, accumulator(dtype)) / math.sqrt(H)
+        probs_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, -jnp.inf), axis=-1).astype(dtype)
+        return contract("bksh,bkgs->bkgh", v_BKSH, probs_BKGS, dtype).reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp)
@@ -204,11 +259,14 @@ class Linear(nnx.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype) -> None:
         self.kernel = nnx.Param(jnp.zeros((in_features, out_features), dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        self.held = False
+        """Set by generation: the leaf is weight_OI, rounded to the compute dtype once and for all."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_IO = self.kernel[...]
         flat = x.reshape(-1, x.shape[-1])
-        y = contract("mi,io->mo", flat, kernel_IO, x.dtype).reshape(*x.shape[:-1], kernel_IO.shape[1])
+        kernel = self.kernel[...]
+        y = contract_held(kernel, flat, x.dtype) if self.held else contract("mi,io->mo", flat, kernel, x.dtype)
+        y = y.reshape(*x.shape[:-1], -1)
         # Added in float32, or the bias's gradient, a sum over all tokens, would be summed in the compute dtype.
         return y if self.bias is None else (y.astype(accumulator(y.dtype)) + self.bias[...]).astype(y.dtype)
 
@@ -251,7 +309,12 @@ class Qwen3Attention(nnx.Module):
         self.fused = precision.attention == "fused"
 
     def __call__(
-        self, x_BTD: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array, dropout_key: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        cos_TR: jax.Array,
+        sin_TR: jax.Array,
+        dropout_key: jax.Array | None,
+        cache: KVCache | None = None,
     ) -> jax.Array:
         B, T, _ = x_BTD.shape
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
@@ -260,8 +323,12 @@ class Qwen3Attention(nnx.Module):
         if self.q_norm is not None:
             q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
         q_BTNH, k_BSKH = apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)
+        if cache is not None:
+            cache.append(self.layer, k_BSKH, v_BSKH)
         dropping = dropout_key is not None and self.rate > 0.0
-        if self.fused and has_fused_attention(x_BTD.dtype) and not dropping:
+        if cache is not None and cache.position_B is not None:
+            out_BTNH = cache.attend(self.layer, q_BTNH, window=self.window)
+        elif self.fused and has_fused_attention(x_BTD.dtype) and not dropping:
             out_BTNH = fused_attention(q_BTNH, k_BSKH, v_BSKH, window=self.window)
         else:
             site_key = random.fold_in(dropout_key, self.layer, random.ATTENTION_PROBABILITIES) if dropping else None
@@ -298,9 +365,14 @@ class Qwen3DecoderLayer(nnx.Module):
         self.rate, self.layer = config.dropout, layer
 
     def __call__(
-        self, x_BTD: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array, dropout_key: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        cos_TR: jax.Array,
+        sin_TR: jax.Array,
+        dropout_key: jax.Array | None,
+        cache: KVCache | None = None,
     ) -> jax.Array:
-        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key)
+        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)
         x_BTD = x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.ATTENTION_RESIDUAL)
         branch_BTD = self.mlp(self.post_attention_layernorm(x_BTD), dropout_key)
         return x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.FFN_RESIDUAL)
@@ -315,14 +387,21 @@ class Qwen3Model(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=precision.params)
         self.config, self.dtype = config, precision.compute
 
-    def __call__(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None, cache: KVCache | None = None
+    ) -> jax.Array:
+        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it."""
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
         require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
-        cos_TR, sin_TR = (jnp.asarray(table, accumulator(self.dtype)) for table in rope_table(self.config, T))
+        decoding = cache is not None and cache.position_B is not None
+        tables = rope_table(self.config, cache.slots if decoding else T)
+        cos_TR, sin_TR = (jnp.asarray(table, accumulator(self.dtype)) for table in tables)
+        if decoding:
+            cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key)
+            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key, cache)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 

@@ -5,14 +5,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
 
 
-def key(seed: int) -> jax.Array:
-    """The root key of a seed below 2**32: the Threefry key words (0, seed)."""
-    return jax.random.key(seed, impl="threefry2x32")
+def key(seed: int, sample: int = 0) -> jax.Array:
+    """The root key of a seed and a sample's number, both below 2**32: the Threefry key words (sample, seed)."""
+    return jax.random.wrap_key_data(np.array([sample, seed], np.uint32), impl="threefry2x32")
 
 
 def fold_in(key: jax.Array, *data) -> jax.Array:

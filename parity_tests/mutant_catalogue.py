@@ -40,12 +40,17 @@ SKIPPING = "parity_tests/test_training.py::test_a_gradient_that_is_not_finite_ch
 ORTHO = "parity_tests/test_newton_schulz.py"
 MUON_TESTS = "parity_tests/test_muon.py"
 HYBRID = "parity_tests/test_hybrid.py"
-GENERATION = "parity_tests/test_generation.py"
 STATE = "parity_tests/test_state.py::test_a_run_goes_on_in_the"
 SAME_JAX = STATE + "_same_framework_bit_for_bit[jax-float64-6]"
 SAME_TORCH = STATE + "_same_framework_bit_for_bit[torch-float64-6]"
 TO_TORCH = STATE + "_other_framework[jax-torch-float64-6]"
 KILLED = "tests/test_loop.py::test_a_killed_run_resumed_equals_an_uninterrupted_one"
+GENERATE, GENERATION = "jax_impl.generate", "parity_tests/test_generation.py"
+CACHED = GENERATION + "::test_cached_logits_equal_uncached_ones[plain-jax]"
+CACHED_WINDOW = GENERATION + "::test_cached_logits_equal_uncached_ones[window-jax]"
+GREEDY = GENERATION + "::test_greedy_takes_the_largest_logit_of_the_whole_sequence"
+BATCHED = GENERATION + "::test_a_batch_gives_each_row_what_it_gets_alone[jax]"
+SAME_SEED = GENERATION + "::test_the_same_seed_gives_the_same_tokens_in_both_frameworks"
 
 MUTANTS = (
     # The model, forward.
@@ -94,7 +99,7 @@ MUTANTS = (
     Mutant(
         "rotation over heads instead of positions",
         MODEL,
-        "cos, sin = cos_TR[:, None, :].astype(wide), sin_TR[:, None, :].astype(wide)",
+        "cos, sin = cos_TR[..., None, :].astype(wide), sin_TR[..., None, :].astype(wide)",
         "N = x_BTNH.shape[2]\n    cos, sin = cos_TR[:N].astype(wide), sin_TR[:N].astype(wide)",
         LOGITS,
     ),
@@ -122,8 +127,14 @@ MUTANTS = (
         LOGITS,
     ),
     Mutant("LayerNorm's variance for RMSNorm's", MODEL, "jnp.mean(wide * wide, axis", "jnp.var(wide, axis", LOGITS),
-    Mutant("queries see one key of the future", MODEL, "(s <= t) if", "(s <= t + 1) if", LOGITS),
-    Mutant("window one key too wide", MODEL, "(s > t - window)", "(s >= t - window)", WINDOW),
+    Mutant("queries see one key of the future", MODEL, "visible = (s <= t) if", "visible = (s <= t + 1) if", LOGITS),
+    Mutant(
+        "window one key too wide",
+        MODEL,
+        "visible = (s <= t) if window is None else (s <= t) & (s > t - window)",
+        "visible = (s <= t) if window is None else (s <= t) & (s >= t - window)",
+        WINDOW,
+    ),
     Mutant(
         "window's first block cut one key short",
         MODEL,
@@ -131,7 +142,13 @@ MUTANTS = (
         "max(0, start - window + 2)",
         LONG_WINDOW,
     ),
-    Mutant("scores over sqrt(hidden) instead of sqrt(head_dim)", MODEL, "/ math.sqrt(H)", "/ math.sqrt(N * H)", LOGITS),
+    Mutant(
+        "scores over sqrt(hidden) instead of sqrt(head_dim)",
+        MODEL,
+        "q, k, accumulator(dtype)) / math.sqrt(H)",
+        "q, k, accumulator(dtype)) / math.sqrt(N * H)",
+        LOGITS,
+    ),
     Mutant(
         "query heads grouped the other way round",
         MODEL,
@@ -143,9 +160,9 @@ MUTANTS = (
     Mutant(
         "residual taken after the norm",
         MODEL,
-        "        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key)",
+        "        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)",
         "        x_BTD = self.input_layernorm(x_BTD)\n"
-        "        branch_BTD = self.self_attn(x_BTD, cos_TR, sin_TR, dropout_key)",
+        "        branch_BTD = self.self_attn(x_BTD, cos_TR, sin_TR, dropout_key, cache)",
         LOGITS,
     ),
     Mutant("bias not added", MODEL, "return y if self.bias is None else", "return y if True else", BIAS),
@@ -362,24 +379,130 @@ MUTANTS = (
     ),
     Mutant(
         "top-p drops the token that reaches p",
-        "jax_impl.generate",
+        GENERATE,
         "jnp.cumsum(probs) - probs < top_p",
         "jnp.cumsum(probs) < top_p",
         GENERATION,
     ),
     Mutant(
         "temperature multiplies",
-        "jax_impl.generate",
+        GENERATE,
         "logits_V = logits_V / temperature",
         "logits_V = logits_V * temperature",
         GENERATION,
     ),
     Mutant(
         "the last prompt token is not seen",
-        "jax_impl.generate",
-        "[0, length - 1]",
-        "[0, length - 2]",
-        GENERATION,
+        "recipe.generation",
+        "len(prompt) - 1 for",
+        "len(prompt) - 2 for",
+        GREEDY,
+    ),
+    # The cache.
+    Mutant(
+        "new tokens one position late",
+        GENERATE,
+        "cache = KVCache(layers, position_B)",
+        "cache = KVCache(layers, position_B + 1)",
+        CACHED,
+    ),
+    Mutant(
+        "new tokens see the padding behind their row",
+        MODEL,
+        "visible_BS = (s <= t) if",
+        "visible_BS = (s < S) if",
+        CACHED,
+    ),
+    Mutant(
+        "keys and values written one slot late",
+        MODEL,
+        "s = self.position_B[:, None, None]",
+        "s = self.position_B[:, None, None] + 1",
+        CACHED,
+    ),
+    Mutant(
+        "every row written into the first row's slot",
+        MODEL,
+        "s = self.position_B[:, None, None]",
+        "s = self.position_B[:1, None, None]",
+        CACHED,
+    ),
+    Mutant(
+        "values cached as keys",
+        MODEL,
+        "v_BKSH.at[b, k, s].set(v_BKTH)",
+        "v_BKSH.at[b, k, s].set(k_BKTH)",
+        CACHED,
+    ),
+    Mutant(
+        "new tokens rotated as if at position 0",
+        MODEL,
+        "cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]",
+        "cos_TR[0 * cache.position_B[:, None]], sin_TR[0 * cache.position_B[:, None]]",
+        CACHED,
+    ),
+    Mutant(
+        "new tokens look beyond their window",
+        MODEL,
+        "cache.attend(self.layer, q_BTNH, window=self.window)",
+        "cache.attend(self.layer, q_BTNH, window=None)",
+        CACHED_WINDOW,
+    ),
+    Mutant(
+        "window of a new token one key too wide",
+        MODEL,
+        "visible_BS = (s <= t) if window is None else (s <= t) & (s > t - window)",
+        "visible_BS = (s <= t) if window is None else (s <= t) & (s >= t - window)",
+        CACHED_WINDOW,
+    ),
+    Mutant(
+        "rows of samples in another order than their prompts",
+        GENERATE,
+        "jnp.repeat(x_BKSH, samples, axis=0)",
+        "jnp.concatenate([x_BKSH] * samples)",
+        BATCHED,
+    ),
+    Mutant(
+        "one noise for all samples",
+        GENERATE,
+        "random.key(options.seed, sample) for",
+        "random.key(options.seed) for",
+        GENERATION + "::test_samples_differ_and_the_first_one_is_the_single_text[jax]",
+    ),
+    Mutant(
+        "noise of the token before",
+        GENERATE,
+        "(key_B, position_B)).astype",
+        "(key_B, state.position_B)).astype",
+        SAME_SEED,
+    ),
+    Mutant(
+        "repetition rewarded",
+        GENERATE,
+        "jnp.where(logits_V < 0, logits_V * penalty",
+        "jnp.where(logits_V > 0, logits_V * penalty",
+        GENERATION + "::test_filters_equal_those_of_transformers[repetition_penalty-jax]",
+    ),
+    Mutant(
+        "new tokens are not counted as seen",
+        GENERATE,
+        "state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)",
+        "state.seen_BV",
+        GENERATION + "::test_greedy_tokens_equal_those_of_transformers[plain-jax]",
+    ),
+    Mutant(
+        "min-p of probability one",
+        GENERATE,
+        "probs < min_p * jnp.max(probs)",
+        "probs < min_p",
+        GENERATION + "::test_filters_equal_those_of_transformers[min_p-jax]",
+    ),
+    Mutant(
+        "text of a stop string's beginning is shown",
+        "recipe.generation",
+        "certain, self.held = self.held[: len(self.held) - waiting], self.held[len(self.held) - waiting :]",
+        'certain, self.held = self.held, ""',
+        "tests/test_generation.py::test_a_stop_string_over_several_tokens_never_shows",
     ),
     # The training state.
     Mutant(

@@ -181,7 +181,7 @@ def _leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, An
 def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
     """Raise `UserError` for an unknown flag, a missing value, or one that is not of its field's type."""
     leaves = {name: (hint, value) for name, hint, value in _leaves(kind, default)}
-    takes_positional = any(get_origin(hint) is Annotated for hint, _ in leaves.values())
+    takes_positional = any(_marked(hint, tyro.conf.Positional) for hint, _ in leaves.values())
     index, given = 0, set()
     while index < len(argv):
         argument = argv[index]
@@ -194,6 +194,8 @@ def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
         require(name in leaves, f"{flag} is unknown; did you mean {_nearest_flags(name, leaves)}? --help lists all.")
         hint, value = leaves[name]
         given.add(name)
+        if _marked(hint, tyro.conf.UseAppendAction):
+            hint, value = get_args(get_args(hint)[0])[0], ""  # one element each time it stands there
         if get_origin(hint) is tuple:
             while not has_value and index < len(argv) and not argv[index].startswith("--"):
                 index += 1
@@ -208,6 +210,11 @@ def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
     for name, (hint, value) in leaves.items():
         if value is dataclasses.MISSING and name not in given and get_origin(hint) is not Annotated:
             raise UserError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
+
+
+def _marked(hint: Any, marker: Any) -> bool:
+    """Whether a field's type carries this mark of tyro's."""
+    return get_origin(hint) is Annotated and marker in hint.__metadata__
 
 
 def _nearest_flags(name: str, leaves: dict[str, Any]) -> str:

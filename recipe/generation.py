@@ -1,14 +1,29 @@
-"""Sampling options, their command line, and the prompt loop; the decoding itself is each framework's `generate.py`."""
+"""Sampling options, the batch and chunk logic around each framework's decoding, and the `generate` command line.
+
+A framework brings `start(batch, options)`, which fills the cache and returns `advance`; everything here is NumPy, so
+both frameworks pad, stop and stream alike.
+"""
 
 import dataclasses
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import tyro
+
 from recipe import cli
+from recipe.chat import ChatTemplate
 from recipe.checkpoint import find_weights, load_folder
-from recipe.config import ModelConfig, PrecisionConfig, require
+from recipe.config import ModelConfig, PrecisionConfig, UserError, require
+from recipe.tokenizer import Tokenizer, load_tokenizer
+
+# Prompts and caches are padded to whole multiples of this many tokens, so that few lengths are compiled.
+LENGTH_STEP = 64
+# New tokens come in chunks of 1, 2, 4 ... up to this many: the first at once, the later ones without much waiting.
+CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -23,10 +38,18 @@ class SamplingOptions:
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probabilities reach p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as probable as the most probable one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that occur in prompt or new text; 1 does nothing."""
     seed: int = 0
     """Seeds the Gumbel noise: the same seed gives the same text in both frameworks."""
+    samples: int = 1
+    """Continuations of each prompt; the first one is what a single one would be."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text; they are not returned."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; it is cut before the first one."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens} must be at least 1; choose e.g. 100.")
@@ -36,7 +59,161 @@ class SamplingOptions:
         )
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token.")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token.")
+        require(
+            0 < self.repetition_penalty < float("inf"),
+            f"repetition_penalty={self.repetition_penalty} must be a finite number above 0; 1 penalises nothing.",
+        )
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32); choose e.g. 0.")
+        require(self.samples > 0, f"samples={self.samples} must be at least 1; choose e.g. 1.")
+        require("" not in self.stop, "a stop string is empty and would end every text at once; leave it out.")
+
+    @property
+    def choice(self) -> tuple[tuple[str, float], ...]:
+        """The keyword arguments of `sample_token`, hashable."""
+        names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+        return tuple((name, getattr(self, name)) for name in names)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P prompts, padded at the end, and the B = P * samples rows that continue them, samples of a prompt together."""
+
+    tokens_PT: np.ndarray
+    slots: int
+    """S, the length of the cache: room for the longest prompt and all new tokens."""
+    token_B: np.ndarray
+    """Each prompt's last token: the first one that decoding reads."""
+    position_B: np.ndarray
+    """Where it stands in its row."""
+    sample_B: list[int]
+    """Which of its prompt's samples a row is."""
+    seen_BV: np.ndarray
+    """Which tokens occur in the row."""
+
+
+def make_batch(config: ModelConfig, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> Batch:
+    """The batch of these prompts; ValueError for one that is empty or does not fit."""
+    require(len(prompts) > 0, "there is no prompt; give at least one.")
+    for prompt in prompts:
+        check_context(config, len(prompt), options)
+    longest = max(map(len, prompts))
+    slots = min(_round_up(longest + options.max_new_tokens), config.max_position_embeddings)
+    tokens_PT = np.zeros((len(prompts), min(_round_up(longest), slots)), np.int32)
+    seen_PV = np.zeros((len(prompts), config.vocab_size), bool)
+    for index, prompt in enumerate(prompts):
+        tokens_PT[index, : len(prompt)] = prompt
+        seen_PV[index, prompt] = True
+    last_P = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    token_P = tokens_PT[np.arange(len(prompts)), last_P]
+    token_B, position_B, seen_BV = (np.repeat(x, options.samples, axis=0) for x in (token_P, last_P, seen_PV))
+    return Batch(tokens_PT, slots, token_B, position_B, [*range(options.samples)] * len(prompts), seen_BV)
+
+
+def _round_up(length: int) -> int:
+    return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
+
+
+Advance = Callable[[int, np.ndarray], np.ndarray]
+"""`advance(count, done_B)` computes the next `count` tokens of each row (B, count). What a done row gets means nothing;
+once all rows are done there may be fewer columns."""
+
+
+class Generator:
+    """`generate(tokens, options)` iterates over new tokens; `batch` and `stream` take many prompts at once.
+
+    A row's tokens depend on its prompt, the options, the seed and its number among the samples of that prompt, and on
+    nothing else in the batch.
+    """
+
+    def __init__(self, config: ModelConfig, start: Callable[[Batch, SamplingOptions], Advance]) -> None:
+        self.config, self.start = config, start
+
+    def __call__(self, tokens: Sequence[int], options: SamplingOptions) -> Iterator[int]:
+        """New tokens after this prompt, as they come; stop strings need `text_pieces`."""
+        require(options.samples == 1, f"samples={options.samples} are no single sequence; use generate.batch.")
+        return (token for _, token in self.stream([tokens], _without_strings(options)))
+
+    def batch(self, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[list[int]]:
+        """New tokens of each prompt's samples: those of the first prompt, then those of the second ..."""
+        rows: list[list[int]] = [[] for _ in range(len(prompts) * options.samples)]
+        for row, token in self.stream(prompts, _without_strings(options)):
+            rows[row].append(token)
+        return rows
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], options: SamplingOptions, done_B: np.ndarray | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """(row, new token) step by step; a row ends at a stop token, or when the caller sets its flag in `done_B`."""
+        batch = make_batch(self.config, prompts, options)
+        if done_B is None:
+            done_B = np.zeros(len(batch.token_B), bool)
+        advance = self.start(batch, options)
+        left, count = options.max_new_tokens, 1
+        while left and not done_B.all():
+            count = min(count, left, CHUNK)
+            for token_B in advance(count, done_B).T.tolist():
+                for row, token in enumerate(token_B):
+                    if not done_B[row]:
+                        if token in options.stop_ids:
+                            done_B[row] = True
+                        else:
+                            yield row, token
+            left, count = left - count, 2 * count
+
+
+def _without_strings(options: SamplingOptions) -> SamplingOptions:
+    require(not options.stop, f"stop={options.stop} are strings, and here are only tokens; use text_pieces.")
+    return options
+
+
+class TextStream:
+    """Turns the new tokens of a row into text: whole characters alone, and nothing from a stop string on."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        # Text of tokens[begin:shown] is out already; it is decoded again because a token's text may depend on the last.
+        self.tokens, self.begin, self.shown = list(prompt), 0, len(prompt)
+        self.held, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain, perhaps none."""
+        self.tokens.append(token)
+        before = self.tokenizer.decode(self.tokens[self.begin : self.shown])
+        text = self.tokenizer.decode(self.tokens[self.begin :])
+        # A character may span several tokens: wait until it is whole.
+        if text.endswith("\ufffd"):
+            return ""
+        self.begin, self.shown = self.shown, len(self.tokens)
+        self.held += text[len(before) :]
+        cuts = [self.held.index(string) for string in self.stop if string in self.held]
+        if cuts:
+            self.held, self.stopped = self.held[: min(cuts)], True
+            return self.flush()
+        # What may be the beginning of a stop string waits for the next token.
+        waiting = max(
+            (n for string in self.stop for n in range(1, len(string)) if self.held.endswith(string[:n])), default=0
+        )
+        certain, self.held = self.held[: len(self.held) - waiting], self.held[len(self.held) - waiting :]
+        return certain
+
+    def flush(self) -> str:
+        """The text that was held back, now that no more tokens come."""
+        held, self.held = self.held, ""
+        return held
+
+
+def text_pieces(
+    generate: Generator, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], options: SamplingOptions
+) -> Iterator[tuple[int, str]]:
+    """(row, piece of new text) as it comes, cut before stop strings; rows as in `Generator.batch`."""
+    streams = [TextStream(tokenizer, prompt, options.stop) for prompt in prompts for _ in range(options.samples)]
+    done_B = np.zeros(len(streams), bool)
+    for row, token in generate.stream(prompts, options, done_B):
+        yield row, streams[row].push(token)
+        done_B[row] |= streams[row].stopped
+    for row, stream in enumerate(streams):
+        yield row, stream.flush()
 
 
 @dataclass(frozen=True)
@@ -45,8 +222,8 @@ class GenerateCommand:
 
     checkpoint: str
     """Run folder (its best weights are taken) or Hugging Face weights folder with a tokenizer.json."""
-    prompt: str = ""
-    """Text to continue; without it you are asked for one after another."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue, may be repeated; without it you are asked for one after another."""
     max_new_tokens: int = 100
     """Tokens to generate at most."""
     temperature: float = 0.8
@@ -55,12 +232,22 @@ class GenerateCommand:
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probabilities reach p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as probable as the most probable one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that occur in prompt or new text; 1 does nothing."""
     seed: int = 0
     """The same seed gives the same text."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """String that ends the text, which is cut before it; may be repeated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     interactive: bool = False
     """Ask for one prompt after another until an empty line."""
+    chat: bool = False
+    """Talk: each line is a turn of the user's, and the model's chat template joins all turns into the prompt."""
 
 
 def check_context(config: ModelConfig, prompt_tokens: int, options: SamplingOptions) -> None:
@@ -74,10 +261,10 @@ def check_context(config: ModelConfig, prompt_tokens: int, options: SamplingOpti
     )
 
 
-def run_command(module: str, make_generator: Callable[..., Callable[..., Iterable[int]]]) -> int:
+def run_command(module: str, make_generator: Callable[..., Generator]) -> int:
     """`python -m MODULE --checkpoint ... --prompt ...`: returns the exit code.
 
-    `make_generator(config, precision, weights)` returns a function from (tokens, options) to new tokens.
+    `make_generator(config, precision, weights)` returns a framework's `Generator`.
     """
 
     def main() -> None:
@@ -89,12 +276,11 @@ def run_command(module: str, make_generator: Callable[..., Callable[..., Iterabl
     return cli.run(main)
 
 
-def generate_text(command: GenerateCommand, make_generator: Callable[..., Callable[..., Iterable[int]]]) -> None:
-    """Print the continuation of the prompt token by token, or of each prompt typed in."""
-    from recipe.tokenizer import load_tokenizer
-
+def generate_text(command: GenerateCommand, make_generator: Callable[..., Generator]) -> None:
+    """Print the continuations of the prompts, or of each prompt typed in, or answer turn by turn."""
     folder = find_weights(command.checkpoint)
     tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(folder) if command.chat else None
     config, weights = load_folder(folder)
     require(
         tokenizer.vocab_size <= config.vocab_size,
@@ -103,34 +289,47 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Callab
     )
     shared = {field.name for field in dataclasses.fields(SamplingOptions)} & set(vars(command))
     options = SamplingOptions(**{name: getattr(command, name) for name in shared}, stop_ids=(tokenizer.eos_id,))
+    require(
+        template is None or (options.samples == 1 and not command.prompt),
+        "--chat has one answer to each line typed in; leave out --samples and --prompt.",
+    )
     generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
+    messages: list[dict[str, str]] = []
 
-    def answer(prompt: str) -> None:
-        tokens, shown = tokenizer.encode(prompt), prompt
-        check_context(config, len(tokens), options)
-        print(prompt, end="", flush=True)
-        for token in generate(tokens, options):
-            tokens.append(token)
-            text = tokenizer.decode(tokens)
-            # A character may span several tokens: wait until it is whole.
-            if not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+    def continue_texts(prompts: Sequence[str]) -> None:
+        tokens = [tokenizer.encode(prompt) for prompt in prompts]
+        make_batch(config, tokens, options)  # A prompt that does not fit must fail before anything is printed.
+        texts = [prompt for prompt in prompts for _ in range(options.samples)]
+        if len(texts) == 1:
+            print(texts[0], end="", flush=True)
+        for row, piece in text_pieces(generate, tokenizer, tokens, options):
+            texts[row] += piece
+            if len(texts) == 1:
+                print(piece, end="", flush=True)
+        print("" if len(texts) == 1 else "\n---\n".join(texts))
+
+    def answer(turn: str) -> None:
+        asked = [*messages, {"role": "user", "content": turn}]
+        text = ""
+        for _, piece in text_pieces(generate, tokenizer, [tokenizer.encode(template.render(asked))], options):
+            print(piece, end="", flush=True)
+            text += piece
         print()
+        messages[:] = [*asked, {"role": "assistant", "content": text}]
 
     if command.prompt and not command.interactive:
-        answer(command.prompt)
+        continue_texts(command.prompt)
         return
-    while prompt := _ask():
+    while line := _ask("prompt" if template is None else "you"):
         try:
-            answer(prompt)
-        except ValueError as error:
+            continue_texts([line]) if template is None else answer(line)
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _ask() -> str:
+def _ask(what: str) -> str:
     """The next line typed, or piped in; empty at the end."""
     try:
-        return input("prompt (empty line ends) > " if sys.stdin.isatty() else "")
+        return input(f"{what} (empty line ends) > " if sys.stdin.isatty() else "")
     except EOFError:
         return ""

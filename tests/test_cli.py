@@ -18,6 +18,7 @@ import train_torch
 from recipe.checkpoint import to_hf_config
 from recipe.cli import parse, parse_run_config, run
 from recipe.config import ModelConfig, require, to_dict
+from recipe.generation import GenerateCommand
 from recipe.presets import PRESETS, get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -317,6 +318,19 @@ class Command:
     """Where from."""
     top_k: int = 0
     """How many."""
+
+
+def test_a_repeatable_flag_takes_one_value_each_time():
+    read = {"prog": "command", "description": "Try."}
+    flags = ["--checkpoint", "x", "--prompt", "a b", "--prompt=--c", "--stop", "d"]
+    command = parse(GenerateCommand, flags, **read)
+    assert (command.prompt, command.stop) == (("a b", "--c"), ("d",))
+    for wrong, message in (
+        (["--prompt", "a", "b"], "'b' belongs to no flag"),
+        (["--prompt"], "--prompt needs a value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(GenerateCommand, ["--checkpoint", "x", *wrong], **read)
 
 
 def test_parse_serves_other_commands():

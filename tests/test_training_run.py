@@ -197,6 +197,50 @@ def test_a_run_begins_with_given_weights(folder, runs, tmp_path):
     check("validation loss", first, min(begun), 16 * UNIT_ROUNDOFF["float32"])
 
 
+def test_prompts_and_samples_are_continued_together_and_cut_at_a_stop_string(folder, runs):
+    arguments = ["--checkpoint", str(folder / "jax"), "--max_new_tokens", "8", "--prompt", "the fox"]
+    several = ["--prompt", "the lazy dog", "--samples", "2", "--min-p", "0.01", "--repetition-penalty", "1.2"]
+    single = command("-m", "torch_ref.generate", *arguments, *several[4:], cwd=folder).stdout
+    texts = [command("-m", f"{s}.generate", *arguments, *several, cwd=folder) for s in ("jax_impl", "torch_ref")]
+    assert texts[0].stdout == texts[1].stdout, texts[0].stderr + texts[1].stderr
+    parts = texts[0].stdout.removesuffix("\n").split("\n---\n")
+    assert [part[:7] for part in parts] == ["the fox", "the fox", "the laz", "the laz"]
+    assert parts[0] == single.removesuffix("\n") and parts[0] != parts[1]
+    new = parts[0].removeprefix("the fox")
+    stop = new[len(new) // 2 : len(new) // 2 + 2]
+    cut = command("-m", "torch_ref.generate", *arguments, *several[4:], "--stop", stop, "--stop", "###", cwd=folder)
+    assert cut.stdout == "the fox" + new[: new.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize("side", ["jax_impl", "torch_ref"])
+def test_a_chat_keeps_its_history(folder, runs, tmp_path, side):
+    shutil.copytree(folder / "jax" / "best", tmp_path / "chat")
+    template = "{% for m in messages %}{{ m.role }} says {{ m.content }}. {% endfor %}"
+    template += "{{ raise_exception('three') if messages|length > 4 }}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    arguments = ["-m", f"{side}.generate", "--checkpoint", str(tmp_path / "chat"), "--max_new_tokens", "4"]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1"}
+    turns = "the fox\nthe dog\nthe forest\n"
+
+    def run(*more: str, turns: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments, *more], cwd=ROOT, env=settings, input=turns, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+
+    done = run("--chat", "True", turns=turns)
+    first, second = done.stdout.removesuffix("\n").split("\n")
+    assert done.stderr.count("\n") == 1 and "(three)" in done.stderr, "two turns and their answers, then the refusal"
+    history = f"user says the fox. assistant says {first}. user says the dog. "
+    alone = run("--prompt", history, turns="").stdout
+    assert alone == history + second + "\n"
+
+
+def test_a_chat_needs_a_template(folder, runs):
+    done = command("-m", "jax_impl.generate", "--checkpoint", str(folder / "jax"), "--chat", "True", cwd=folder)
+    assert done.returncode == 2 and "has no chat template" in done.stderr and done.stderr.count("\n") == 1
+
+
 REFUSED = {
     "steps": (["--steps", "0"], "steps=0"),
     "learning rate": (["--muon.learning_rate", "nan"], "learning_rate=nan"),

@@ -8,6 +8,7 @@ Activations travel in the compute dtype, products accumulate in float32, and nor
 float32; in float64 everything is float64. Parameters are cast where they are used.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -35,6 +36,7 @@ def dropout(x: torch.Tensor, rate: float, key: random.Key | None, *path: int) ->
     return torch.where(random.keep_mask(random.fold_in(key, *path), x.shape, rate, x.device), scaled, 0.0)
 
 
+@functools.lru_cache(maxsize=2)  # Decoding asks for the same table at every token.
 def rope_table(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of position * theta^(-2r/H), shape (length, R), in float64."""
     frequencies_R = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
@@ -43,9 +45,9 @@ def rope_table(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def apply_rope(x_BTNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[r], x[r + R]) of every head by the angle of their position."""
+    """Rotate the pairs (x[r], x[r + R]) of every head by its position's angle; the tables may have rows, (B, T, R)."""
     wide = accumulator(x_BTNH.dtype)
-    cos, sin = cos_TR[:, None, :].to(wide), sin_TR[:, None, :].to(wide)
+    cos, sin = cos_TR[..., None, :].to(wide), sin_TR[..., None, :].to(wide)
     first, second = x_BTNH.to(wide).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x_BTNH.dtype)
@@ -98,6 +100,52 @@ def fused_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
     return out_BNTH.transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of earlier tokens, k_BKSH and v_BKSH for each layer: slot s holds position s of its row.
+
+    `position_B` is the position of each row's one new token. None means prompts: T tokens of every row go to the slots
+    from 0 on, padded at the end, where causal attention does not look and new tokens overwrite the padding in time.
+    """
+
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], position_B: torch.Tensor | None = None) -> None:
+        self.layers, self.position_B = list(layers), position_B
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: str) -> "KVCache":
+        """A cache without tokens."""
+        shape, to = (rows, config.num_key_value_heads, slots, config.head_dim), dict(dtype=dtype, device=device)
+        return cls([(torch.zeros(shape, **to), torch.zeros(shape, **to)) for _ in range(config.num_hidden_layers)])
+
+    @property
+    def slots(self) -> int:
+        """S, the length of the longest row that fits."""
+        return self.layers[0][0].shape[2]
+
+    def append(self, layer: int, k_BTKH: torch.Tensor, v_BTKH: torch.Tensor) -> None:
+        """Put the new tokens' keys and values into their slots, in place."""
+        k_BKSH, v_BKSH = self.layers[layer]
+        k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+        if self.position_B is None:
+            T = k_BKTH.shape[2]
+            k_BKSH[:, :, :T], v_BKSH[:, :, :T] = k_BKTH, v_BKTH
+        else:
+            b, s = torch.arange(len(self.position_B), device=k_BKSH.device), self.position_B
+            k_BKSH[b, :, s], v_BKSH[b, :, s] = k_BKTH[:, :, 0], v_BKTH[:, :, 0]
+
+    def attend(self, layer: int, q_BTNH: torch.Tensor, *, window: int | None) -> torch.Tensor:
+        """`attention` of each row's new token, T = 1, over the slots up to its own."""
+        k_BKSH, v_BKSH = self.layers[layer]
+        B, T, N, H = q_BTNH.shape
+        K, S = k_BKSH.shape[1:3]
+        dtype = q_BTNH.dtype
+        q_BKGH = q_BTNH.reshape(B, K, N // K, H)
+        t, s = self.position_B[:, None], torch.arange(S, device=q_BTNH.device)[None, :]
+        visible_BS = (s <= t) if window is None else (s <= t) & (s > t - window)
+        scores_BKGS = torch.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH).to(accumulator(dtype)) / math.sqrt(H)
+        probs_BKGS = torch.softmax(scores_BKGS.masked_fill(~visible_BS[:, None, None], -math.inf), dim=-1).to(dtype)
+        return torch.einsum("bkgs,bksh->bkgh", probs_BKGS, v_BKSH).reshape(B, T, N, H)
 
 
 def cross_entropy(x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
@@ -171,7 +219,12 @@ class Qwen3Attention(nn.Module):
         self.fused = precision.attention == "fused"
 
     def forward(
-        self, x_BTD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, dropout_key: random.Key | None
+        self,
+        x_BTD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        dropout_key: random.Key | None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         B, T, _ = x_BTD.shape
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
@@ -180,8 +233,12 @@ class Qwen3Attention(nn.Module):
         if self.q_norm is not None:
             q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
         q_BTNH, k_BSKH = apply_rope(q_BTNH, cos_TR, sin_TR), apply_rope(k_BSKH, cos_TR, sin_TR)
+        if cache is not None:
+            cache.append(self.layer, k_BSKH, v_BSKH)
         dropping = dropout_key is not None and self.rate > 0.0
-        if self.fused and not dropping:
+        if cache is not None and cache.position_B is not None:
+            out_BTNH = cache.attend(self.layer, q_BTNH, window=self.window)
+        elif self.fused and not dropping:
             out_BTNH = fused_attention(q_BTNH, k_BSKH, v_BSKH, window=self.window)
         else:
             site_key = random.fold_in(dropout_key, self.layer, random.ATTENTION_PROBABILITIES) if dropping else None
@@ -220,9 +277,14 @@ class Qwen3DecoderLayer(nn.Module):
         self.rate, self.layer = config.dropout, layer
 
     def forward(
-        self, x_BTD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, dropout_key: random.Key | None
+        self,
+        x_BTD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        dropout_key: random.Key | None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key)
+        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)
         x_BTD = x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.ATTENTION_RESIDUAL)
         branch_BTD = self.mlp(self.post_attention_layernorm(x_BTD), dropout_key)
         return x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.FFN_RESIDUAL)
@@ -239,15 +301,22 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.config, self.dtype = config, getattr(torch, precision.compute)
 
-    def forward(self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it."""
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
         require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
         to = dict(dtype=accumulator(self.dtype), device=tokens_BT.device)
-        cos_TR, sin_TR = (torch.as_tensor(table, **to) for table in rope_table(self.config, T))
+        decoding = cache is not None and cache.position_B is not None
+        tables = rope_table(self.config, cache.slots if decoding else T)
+        cos_TR, sin_TR = (torch.as_tensor(table, **to) for table in tables)
+        if decoding:
+            cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key)
+            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key, cache)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 

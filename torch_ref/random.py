@@ -33,9 +33,9 @@ def threefry_2x32(key: Key, x0, x1):
     return x0, x1
 
 
-def key(seed: int) -> Key:
-    """The root key of a seed below 2**32: the Threefry key words (0, seed)."""
-    return 0, seed
+def key(seed: int, sample: int = 0) -> Key:
+    """The root key of a seed and a sample's number, both below 2**32: the Threefry key words (sample, seed)."""
+    return sample, seed
 
 
 def fold_in(key: Key, *data: int) -> Key:
