@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return entries
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Iterable[str], dtype: str) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collection[str], dtype: str) -> None:
     """A safetensors file of the named tensors, cast to `dtype` one by one and forced to disk."""
     stored, shapes = DTYPES[CODES[dtype]], shapes_of(tensors)
     end, header = 0, {"__metadata__": {"format": "pt"}}
