@@ -225,9 +225,12 @@ def main(argv: list[str]) -> int:
         out = Path(options.out or f"benchmarks/results/gpu-{str(git_commit())[:12]}").resolve()
     else:
         out = Path(tempfile.mkdtemp(prefix="gpu-dry-run-"))
-    undone = [s for s in options.stages if not run_stage(s, out / s, limit=options.limit, dry=options.dry_run)]
-    if any(stage.startswith("recipe") for stage in options.stages):
-        report_recipes(out)
+    undone = []
+    for stage in options.stages:
+        if not run_stage(stage, out / stage, limit=options.limit, dry=options.dry_run):
+            undone.append(stage)
+        if stage.startswith("recipe"):
+            report_recipes(out)
     print(f"results in {out}" + (f"; not done: {', '.join(undone)}" if undone else ""))
     return 1 if undone else 0
 

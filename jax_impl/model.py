@@ -21,8 +21,9 @@ from recipe.config import ModelConfig, PrecisionConfig, require
 
 # Queries per block of explicit attention: a block skips the keys none of its queries sees.
 QUERY_BLOCK = 128
-# Elements of logits that the loss holds at once.
-LOGITS_AT_ONCE = 2**24
+# Tokens whose logits the loss holds at once: few enough for caches, and enough that adding each chunk's gradient of the
+# head (V, D) to the sum is cheap beside the products.
+TOKENS_AT_ONCE = 512
 
 
 def accumulator(dtype) -> jnp.dtype:
@@ -204,15 +205,15 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
         return losses, jnp.argmax(logits_MV, axis=-1) == targets
 
     M = x_MD.shape[0]
-    x_CMD, targets_CM, _ = _chunks(x_MD, targets_M, head_VD.shape[0])
+    x_CMD, targets_CM, _ = _chunks(x_MD, targets_M)
     losses_CM, correct_CM = jax.lax.map(chunk, (x_CMD, targets_CM))
     return losses_CM.reshape(-1)[:M], correct_CM.reshape(-1)[:M]
 
 
-def _chunks(x_MD, targets_M, vocab_size):
+def _chunks(x_MD, targets_M):
     """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
     M, D = x_MD.shape
-    count = math.ceil(M * vocab_size / LOGITS_AT_ONCE)
+    count = math.ceil(M / TOKENS_AT_ONCE)
     rows = math.ceil(M / count)
     padding = count * rows - M
     weights_M = jnp.pad(jnp.full((M,), 1.0 / M, accumulator(x_MD.dtype)), (0, padding))
@@ -238,7 +239,7 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
         grad_x = contract("mv,vd->md", grad_logits, head, x.dtype)
         return (loss, grad_head_VD + contract("mv,md->vd", grad_logits, x, wide)), grad_x
 
-    x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M, head_VD.shape[0])
+    x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M)
     start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape, wide))
     (loss, grad_head_VD), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
     grad_x_MD = grad_x_CMD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
