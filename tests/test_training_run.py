@@ -219,6 +219,7 @@ def test_a_chat_keeps_its_history(folder, runs, tmp_path, side):
     template += "{{ raise_exception('three') if messages|length > 4 }}"
     (tmp_path / "chat" / "chat_template.jinja").write_text(template)
     arguments = ["-m", f"{side}.generate", "--checkpoint", str(tmp_path / "chat"), "--max_new_tokens", "4"]
+    arguments += ["--stop", "\n"]  # one line is one answer
     settings = os.environ | {"HF_HUB_OFFLINE": "1"}
     turns = "the fox\nthe dog\nthe forest\n"
 
