@@ -248,6 +248,13 @@ class GenerateCommand:
     """Ask for one prompt after another until an empty line."""
     chat: bool = False
     """Talk: each line is a turn of the user's, and the model's chat template joins all turns into the prompt."""
+    web: bool = False
+    """Serve a web page on this machine instead, for text or, with --chat, for a talk."""
+    port: int = 7860
+    """The page's port."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 65536, f"port={self.port} must lie in 1 ... 65535; choose e.g. 7860.")
 
 
 def check_context(config: ModelConfig, prompt_tokens: int, options: SamplingOptions) -> None:
@@ -294,6 +301,16 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
         "--chat has one answer to each line typed in; leave out --samples and --prompt.",
     )
     generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
+    if command.web:
+        from recipe import web
+
+        require(
+            not command.prompt and options.samples == 1,
+            "--web takes its prompts from the page, one text each; leave out --prompt and --samples.",
+        )
+        render = template.render if template else None
+        web.serve(generate, tokenizer, options, render=render, title=command.checkpoint, port=command.port)
+        return
     messages: list[dict[str, str]] = []
 
     def continue_texts(prompts: Sequence[str]) -> None:

@@ -1,0 +1,185 @@
+"""The web page in a real browser: the text and the talk of the command line, and refusals in one line."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from recipe.checkpoint import save_folder
+from recipe.config import ModelConfig
+from recipe.params import init_params
+from recipe.tokenizer import train_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+GREEDY = ["--max_new_tokens", "12", "--temperature", "0"]
+
+needs_browser = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="needs Chromium and ChromeDriver (Debian: apt-get install chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web") / "model"
+    tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog"] * 3, 300)
+    config = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.5,
+    )  # fmt: skip
+    weights = init_params(config, 3)
+    # Tokens that are no letters get the logit 0, so the largest one is a letter's: plain text on terminal and page.
+    others = [token for token in range(300) if not tokenizer.decode([token]).strip().isascii()
+              or not tokenizer.decode([token]).strip().isalpha()]  # fmt: skip
+    weights["model.embed_tokens.weight"][others] = 0.0
+    save_folder(folder, config, weights, tokenizer)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def generate(module, checkpoint, *arguments, **streams):
+    command = [sys.executable, "-m", module, "--checkpoint", str(checkpoint), *GREEDY, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300, **streams)
+
+
+@contextmanager
+def served(module, checkpoint, *arguments):
+    """The page's address, while the command runs."""
+    command = [sys.executable, "-m", module, "--checkpoint", str(checkpoint), *GREEDY, "--web", "True"]
+    command += ["--port", str(free_port()), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        try:
+            line = server.stdout.readline()
+            assert line.startswith("open http://127.0.0.1:"), line
+            yield line.split()[1]
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1200,1400")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def wait(browser, condition):
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    # The page may replace an element between finding and reading it.
+    patient = WebDriverWait(browser, 60, ignored_exceptions=[StaleElementReferenceException])
+    return patient.until(lambda _: condition())
+
+
+def labelled(browser, label):
+    """The text box with this label, once it is there."""
+    from selenium.webdriver.common.by import By
+
+    path = f"//label[.//span[normalize-space()={label!r}]]//*[self::textarea or self::input]"
+    return wait(browser, lambda: browser.find_elements(By.XPATH, path))[0]
+
+
+def enter(box, text):
+    from selenium.webdriver.common.keys import Keys
+
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(text)
+
+
+def press(browser, text):
+    from selenium.webdriver.common.by import By
+
+    wait(browser, lambda: browser.find_elements(By.XPATH, f"//button[normalize-space()={text!r}]"))[0].click()
+
+
+def picture(browser, name):
+    """A screenshot, where somebody asked for one."""
+    if folder := os.environ.get("WEB_PICTURES"):
+        browser.save_screenshot(str(Path(folder) / name))
+
+
+@needs_browser
+@pytest.mark.parametrize("module", ["jax_impl.generate", "torch_ref.generate"])
+def test_the_page_writes_the_text_of_the_command_line(module, checkpoint, browser):
+    expected = generate(module, checkpoint, "--prompt", "the quick").stdout.rstrip("\n")
+    assert len(expected) > len("the quick")
+    with served(module, checkpoint) as url:
+        browser.get(url)
+        enter(labelled(browser, "Prompt"), "the quick")
+        press(browser, "Submit")
+        wait(browser, lambda: labelled(browser, "Text").get_property("value") == expected)
+        picture(browser, f"{module}.png")
+
+        # More tokens than the model has positions: the rule is on the page, the server lives on.
+        enter(labelled(browser, "New tokens at most"), "9999999")
+        press(browser, "Submit")
+        wait(browser, lambda: "exceed max_position_embeddings" in browser.page_source)
+        picture(browser, f"{module}-refusal.png")
+        enter(labelled(browser, "New tokens at most"), "3")
+        press(browser, "Submit")
+        wait(browser, lambda: 0 < len(labelled(browser, "Text").get_property("value")) < len(expected))
+        assert expected.startswith(labelled(browser, "Text").get_property("value"))
+
+
+@needs_browser
+def test_a_talk_on_the_page_is_the_talk_on_the_terminal(checkpoint, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def answers():
+        return [said.text.strip() for said in browser.find_elements(By.CSS_SELECTOR, ".bot.message")]
+
+    turns = ["who jumps", "and over whom"]
+    expected = generate("jax_impl.generate", checkpoint, "--chat", "True", input="\n".join(turns) + "\n").stdout
+    expected = [answer.strip() for answer in expected.splitlines()]
+    assert len(expected) == 2 and all(expected) and len(set(expected)) == 2
+
+    with served("jax_impl.generate", checkpoint, "--chat", "True") as url:
+        browser.get(url)
+        for number, turn in enumerate(turns, start=1):
+            box = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "textarea"))[0]
+            box.send_keys(turn, Keys.ENTER)
+            wait(browser, lambda number=number: answers() == expected[:number])
+        picture(browser, "chat.png")
+
+
+def test_the_page_refuses_in_one_line(checkpoint):
+    for arguments, words in {
+        ("--web", "True", "--prompt", "x"): "leave out --prompt",
+        ("--web", "True", "--port", "70000"): "port=70000 must lie in",
+    }.items():
+        done = generate("jax_impl.generate", checkpoint, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = generate("jax_impl.generate", checkpoint, "--web", "True", "--port", str(port))
+    assert done.returncode == 2 and f"--port {port} is taken" in done.stderr, done.stderr
+
+
+def test_without_gradio_the_page_names_its_extra(checkpoint, tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(name='gradio')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = generate("jax_impl.generate", checkpoint, "--web", "True", env=environment)
+    assert done.returncode == 2 and "pip install -e '.[web]'" in done.stderr, done.stderr
