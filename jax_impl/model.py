@@ -110,19 +110,24 @@ def attention(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     dtype = q_BTNH.dtype
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    # Laid out once, in rows X = B K and queries Q = G T: XLA would transpose b, t, k, g in every block and product.
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H) for x_BSKH in (k_BSKH, v_BSKH))
     outputs = []
     for block, start in enumerate(range(0, T, QUERY_BLOCK)):
         stop = min(start + QUERY_BLOCK, T)
         first = 0 if window is None else max(0, start - window + 1)
         t, s = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
         visible = (s <= t) if window is None else (s <= t) & (s > t - window)
-        q, k, v = q_BTKGH[:, start:stop], k_BSKH[:, first:stop], v_BSKH[:, first:stop]
-        scores_BKGTS = contract("btkgh,bskh->bkgts", q, k, accumulator(dtype)) / math.sqrt(H)
+        q_XQH = q_BKGTH[:, :, :, start:stop].reshape(B * K, -1, H)
+        scores_XQS = contract("xqh,xsh->xqs", q_XQH, k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(H)
+        scores_BKGTS = scores_XQS.reshape(B, K, N // K, stop - start, -1)
         probs_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, -jnp.inf), axis=-1).astype(dtype)
         probs_BKGTS = dropout(probs_BKGTS, rate, key, block)
-        outputs.append(contract("bkgts,bskh->btkgh", probs_BKGTS, v, dtype))
-    return jnp.concatenate(outputs, axis=1).reshape(B, T, N, H)
+        out_XQH = contract("xqs,xsh->xqh", probs_BKGTS.reshape(*scores_XQS.shape), v_XSH[:, first:stop], dtype)
+        outputs.append(out_XQH.reshape(B, K, N // K, -1, H))
+    out_BKGTH = jnp.concatenate(outputs, axis=3)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int | None) -> jax.Array:

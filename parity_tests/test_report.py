@@ -95,7 +95,7 @@ def transposed_gradient(original):
 
     def backward(spec, dtype, residuals, cotangent):
         grad_x, grad_y = original(spec, dtype, residuals, cotangent)
-        return grad_x, grad_y[:, :, ::-1] if spec == "btkgh,bskh->bkgts" else grad_y
+        return grad_x, grad_y[:, :, ::-1] if spec == "xqh,xsh->xqs" else grad_y
 
     return backward
 
