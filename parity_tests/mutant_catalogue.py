@@ -145,17 +145,18 @@ MUTANTS = (
     Mutant(
         "scores over sqrt(hidden) instead of sqrt(head_dim)",
         MODEL,
-        "q, k, accumulator(dtype)) / math.sqrt(H)",
-        "q, k, accumulator(dtype)) / math.sqrt(N * H)",
+        "k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(H)",
+        "k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(N * H)",
         LOGITS,
     ),
     Mutant(
         "query heads grouped the other way round",
         MODEL,
-        "q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)",
-        "q_BTKGH = q_BTNH.reshape(B, T, N // K, K, H).swapaxes(2, 3)",
+        "q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
+        "q_BTNH.reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
         LOGITS,
     ),
+    Mutant("heads put back in another order", MODEL, ".transpose(0, 3, 1, 2, 4)", ".transpose(0, 3, 2, 1, 4)", LOGITS),
     Mutant("final norm left out", MODEL, "dropout(self.norm(x_BTD), rate,", "dropout(x_BTD, rate,", LOGITS),
     Mutant(
         "residual taken after the norm",
