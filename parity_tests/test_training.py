@@ -142,12 +142,22 @@ def test_low_precision_drifts_as_rounding_must(precision, dtype, record_property
 
 
 def test_three_hundred_updates_agree_in_float64(record_property):
-    """The whole recipe at the seed's rates: every number after each of 300 updates within 1e-11 of torch's."""
+    """The whole recipe at the seed's rates: every number after each of 300 updates within 1e-11 of torch's.
+
+    A first moment of Adam's is a difference of gradients that may nearly cancel, so no bound holds for its rounding
+    relative to itself. It is measured on the scale of the root of the second moment, by which Adam divides it.
+    """
     truths = whole_run.updates("torch", FLOAT64)
     worst = (0.0, 0, "")
     losses = []
     for step, (entry, truth) in enumerate(zip(whole_run.updates("jax", FLOAT64), truths, strict=True), start=1):
-        worst = max(worst, *((value, step, kind) for kind, value in whole_run.drift(entry, truth).items()))
+        errors = whole_run.drift(entry, truth)
+        first, second = truth["exp_avg"], truth["exp_avg_sq"]
+        errors["exp_avg"] = max(
+            np.linalg.norm(entry["exp_avg"][name] - first[name]) / np.linalg.norm(np.sqrt(second[name]))
+            for name in first
+        )
+        worst = max(worst, *((float(value), step, kind) for kind, value in errors.items()))
         losses.append(float(entry["metric"]["loss"]))
     record_property("worst", worst)
     assert worst[0] <= 1e-11, f"relative difference {worst[0]:.2e} after update {worst[1]} in a {worst[2]}"
