@@ -174,7 +174,12 @@ class Worker:
         }
         if mode == "jax" and xla_flags:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
-        self.flags = {name: value for name, value in environment.items() if name.startswith(FLAG_PREFIXES)}
+        # Where this run's fresh cache lies says nothing to a reader.
+        self.flags = {
+            name: value.replace(str(cache.parent), "TEMPORARY")
+            for name, value in environment.items()
+            if name.startswith(FLAG_PREFIXES)
+        }
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
         launched = time.perf_counter()
