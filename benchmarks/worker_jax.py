@@ -43,7 +43,7 @@ class JaxSide:
             "matmul": precision.matmul,
             "x64": jax.config.jax_enable_x64,
             "attention": "cuDNN flash" if self.fused else f"blocks of {model.QUERY_BLOCK} queries",
-            "loss": f"float32 logits of {model.TOKENS_AT_ONCE} tokens at once",
+            "loss": f"float32 logits of {model.tokens_at_once()} tokens at once",
         }
         return {"contract": contract, "environment": self.trainer.environment}
 

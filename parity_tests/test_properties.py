@@ -237,7 +237,7 @@ def test_chunks_of_the_loss_change_nothing(tokens_at_once, monkeypatch):
         named = {"loss": loss, "x": leaves[0].grad, "head": leaves[1].grad, "losses": losses}
         return {name: value.detach().numpy() for name, value in named.items()}
 
-    monkeypatch.setattr(jax_impl.model, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(jax_impl.model, "tokens_at_once", lambda: tokens_at_once)
     with jax.enable_x64(True):
         arrays = jnp.asarray(x), jnp.asarray(head)
 
