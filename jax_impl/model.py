@@ -215,8 +215,8 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
 def tokens_at_once() -> int:
     """Tokens whose logits the loss holds: as few as caches and memory like, but no fewer than pay for the sum.
 
-    Adding a chunk's gradient of the head to the sum moves 12 V D bytes, the chunk's products are 6 V D FLOPs a token. The
-    sum is a tenth of it at 20 FLOP/s per B/s: some 200 tokens on a CPU, 2,400 on an H100.
+    Adding a chunk's gradient of the head to the sum moves 12 V D bytes; a chunk of n tokens takes 6 V D n FLOPs. At
+    F FLOP/s and B bytes/s the sum is a tenth of that for n = 20 F/B: some 200 tokens on a CPU, 2,400 on an H100.
     """
     return 256 if jax.default_backend() == "cpu" else 4096
 
