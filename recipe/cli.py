@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -125,6 +126,14 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # not some other pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            print("stopped: nobody reads the output any more; send it to a file instead.", file=sys.stderr)
+            return 1
+        raise
     except USERS_MISTAKES as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -308,6 +309,28 @@ def test_a_missing_file_is_the_users_mistake(capsys, empty_folder):
     assert run(lambda: (empty_folder / "corpus.txt").read_text() and None) == 2
     stderr = capsys.readouterr().err
     assert "corpus.txt" in stderr and stderr.count("\n") == 1
+
+
+def test_output_that_nobody_reads_ends_the_command_in_one_line():
+    endless = "import itertools; from recipe.cli import run; exit(run(lambda: [print(n) for n in itertools.count()]))"
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", endless], **piped) as command:
+        assert command.stdout.readline() == "0\n"
+        command.stdout.close()
+        stderr = command.stderr.read()
+    assert command.returncode == 1
+    assert stderr.startswith("stopped: nobody reads the output") and stderr.count("\n") == 1
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_a_bug():
+    def write_to_a_dead_worker():
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb", buffering=0) as pipe:
+            pipe.write(b"job")
+
+    with pytest.raises(BrokenPipeError):
+        run(write_to_a_dead_worker)
 
 
 @dataclasses.dataclass(frozen=True)
