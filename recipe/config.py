@@ -25,9 +25,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _value(owner: object, name: str) -> float:
+    """The field that a flag such as `muon.beta` sets."""
+    return getattr(owner, name.rpartition(".")[2])
+
+
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
+        value = _value(owner, name)
         require(
             math.isfinite(value) and value > 0,
             f"{name}={value} must be a finite number above 0; choose e.g. 1 or more.",
@@ -36,7 +41,7 @@ def _require_positive(owner: object, *names: str) -> None:
 
 def _require_rate(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
+        value = _value(owner, name)
         require(
             math.isfinite(value) and value >= 0,
             f"{name}={value} must be a finite number of at least 0; choose e.g. 0.001.",
@@ -45,7 +50,7 @@ def _require_rate(owner: object, *names: str) -> None:
 
 def _require_fraction(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
+        value = _value(owner, name)
         require(0 <= value < 1, f"{name}={value} must lie in [0, 1); choose e.g. 0.1, or 0 to switch it off.")
 
 
@@ -145,9 +150,9 @@ class MuonConfig:
     """Decoupled decay, times the learning rate."""
 
     def __post_init__(self) -> None:
-        _require_rate(self, "learning_rate", "weight_decay", "eps")
-        _require_fraction(self, "beta")
-        _require_positive(self, "ns_steps")
+        _require_rate(self, "muon.learning_rate", "muon.weight_decay", "muon.eps")
+        _require_fraction(self, "muon.beta")
+        _require_positive(self, "muon.ns_steps")
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ class AdamWConfig:
     """Also decay norm scales and biases, as the seed notebook did."""
 
     def __post_init__(self) -> None:
-        _require_rate(self, "learning_rate", "weight_decay", "eps")
-        _require_fraction(self, "beta1", "beta2")
+        _require_rate(self, "adamw.learning_rate", "adamw.weight_decay", "adamw.eps")
+        _require_fraction(self, "adamw.beta1", "adamw.beta2")
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,11 @@ class ScheduleConfig:
     """Learning-rate factor the cosine ends at."""
 
     def __post_init__(self) -> None:
-        _require_fraction(self, "warmup_fraction")
-        require(0 <= self.final_factor <= 1, f"final_factor={self.final_factor} must lie in [0, 1]; choose e.g. 0.1.")
+        _require_fraction(self, "schedule.warmup_fraction")
+        require(
+            0 <= self.final_factor <= 1,
+            f"schedule.final_factor={self.final_factor} must lie in [0, 1]; choose e.g. 0.1.",
+        )
 
 
 @dataclass(frozen=True)
@@ -215,8 +223,8 @@ class DataConfig:
     """Token and tokenizer cache; empty is $QWEN_FROM_SCRATCH_CACHE or ~/.cache/qwen-from-scratch."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "bpe_vocab_size", "validation_tokens")
-        _require_fraction(self, "validation_fraction")
+        _require_positive(self, "data.bpe_vocab_size", "data.validation_tokens")
+        _require_fraction(self, "data.validation_fraction")
         require(
             self.bpe_vocab_size >= 257,
             f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (the bytes and one); choose e.g. 8192.",
