@@ -4,7 +4,9 @@ Twin: `torch_ref/train.py`.
 """
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -111,14 +113,29 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[jax.Array, jax.Array
 
 
 def _with_precision(function, config: RunConfig):
-    """The function, traced and run under the configured precision of float32 products."""
+    """The jitted function, traced and run under the configured precision of float32 products.
+
+    Compiled before its first run, so that the two do not need their memory at once; torch compiles nothing here.
+    """
+    compiled = False
 
     @functools.wraps(function)
     def with_precision(*args):
+        nonlocal compiled
         with jax.default_matmul_precision(config.precision.matmul):
+            if not compiled:
+                function.lower(*args).compile()  # the call below finds the program
+                _return_freed_memory()
+                compiled = True
             return function(*args)
 
     return with_precision
+
+
+def _return_freed_memory() -> None:
+    """Return to the system what XLA's compiler has freed, hundreds of MiB that glibc's malloc would keep."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)
 
 
 class Trainer:

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import whole_run
+from jax_impl.train import make_train_step
+from parity_tests import sides, whole_run
 from parity_tests.cases import AWKWARD, BFLOAT16, FLOAT32, FLOAT64, random_tokens, random_weights, run_config
 from parity_tests.sides import JaxTraining, TorchTraining
 from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, check, relative_error
@@ -223,11 +224,15 @@ def _restore_final_norm(training, old) -> None:
         training.state.model.model.norm.weight.copy_(old)
 
 
-def test_training_compiles_once():
+def test_training_compiles_once(monkeypatch, caplog):
+    monkeypatch.setattr(sides, "_make_train_step", make_train_step)  # one that no other test has compiled
     training = JaxTraining(config(FLOAT32), random_weights(MODEL))
-    for step in range(3):
-        training.step(*batches()[step])
+    with jax.log_compiles():
+        for step in range(3):
+            training.step(*batches()[step])
     assert training.train_step.__wrapped__._cache_size() == 1
+    finished = [record for record in caplog.messages if record.startswith("Finished XLA compilation")]
+    assert sum("jit(train_step)" in record for record in finished) == 1
 
 
 def test_the_train_step_gives_its_buffers_away():
