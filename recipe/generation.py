@@ -20,7 +20,8 @@ from recipe.checkpoint import find_weights, load_folder
 from recipe.config import ModelConfig, PrecisionConfig, UserError, require
 from recipe.tokenizer import Tokenizer, load_tokenizer
 
-# Prompts and caches are padded to whole multiples of this many tokens, so that few lengths are compiled.
+# Prompts and caches are padded to whole multiples of this many tokens, so that few lengths are compiled. Short prompts
+# are padded to multiples of a quarter of it, because padding is computed like the rest.
 LENGTH_STEP = 64
 # New tokens come in chunks of 1, 2, 4 ... up to this many: the first at once, the later ones without much waiting.
 CHUNK = 32
@@ -98,8 +99,9 @@ def make_batch(config: ModelConfig, prompts: Sequence[Sequence[int]], options: S
     for prompt in prompts:
         check_context(config, len(prompt), options)
     longest = max(map(len, prompts))
-    slots = min(_round_up(longest + options.max_new_tokens), config.max_position_embeddings)
-    tokens_PT = np.zeros((len(prompts), min(_round_up(longest), slots)), np.int32)
+    slots = min(_round_up(longest + options.max_new_tokens, LENGTH_STEP), config.max_position_embeddings)
+    padded = _round_up(longest, LENGTH_STEP if longest > LENGTH_STEP else LENGTH_STEP // 4)
+    tokens_PT = np.zeros((len(prompts), min(padded, slots)), np.int32)
     seen_PV = np.zeros((len(prompts), config.vocab_size), bool)
     for index, prompt in enumerate(prompts):
         tokens_PT[index, : len(prompt)] = prompt
@@ -110,8 +112,8 @@ def make_batch(config: ModelConfig, prompts: Sequence[Sequence[int]], options: S
     return Batch(tokens_PT, slots, token_B, position_B, [*range(options.samples)] * len(prompts), seen_BV)
 
 
-def _round_up(length: int) -> int:
-    return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
+def _round_up(length: int, step: int) -> int:
+    return math.ceil(length / step) * step
 
 
 Advance = Callable[[int, np.ndarray], np.ndarray]

@@ -50,12 +50,19 @@ def read(script: Script, options: SamplingOptions, prompt: str = "the") -> list[
 def test_prompts_are_padded_at_the_end_and_samples_stand_together():
     options = SamplingOptions(max_new_tokens=60, samples=2)
     batch = make_batch(CONFIG, [[5, 6, 7], [9]], options)
-    assert batch.tokens_PT.shape == (2, 64) and batch.slots == 64
+    assert batch.tokens_PT.shape == (2, 16) and batch.slots == 64
     assert batch.tokens_PT[:, :4].tolist() == [[5, 6, 7, 0], [9, 0, 0, 0]]
     assert batch.token_B.tolist() == [7, 7, 9, 9] and batch.position_B.tolist() == [2, 2, 0, 0]
     assert batch.sample_B == [0, 1, 0, 1]
     # The padding is token 0 and was never seen.
     assert [np.flatnonzero(seen_V).tolist() for seen_V in batch.seen_BV] == [[5, 6, 7]] * 2 + [[9]] * 2
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
+def test_short_prompts_are_padded_less(length, padded):
+    config = dataclasses.replace(CONFIG, max_position_embeddings=1024)
+    batch = make_batch(config, [[1], [1] * length], SamplingOptions(max_new_tokens=150))
+    assert batch.tokens_PT.shape == (2, padded) and batch.slots == (256 if length > 42 else 192)
 
 
 def test_the_cache_never_exceeds_the_models_positions():
