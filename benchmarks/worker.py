@@ -73,6 +73,7 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
     began = time.perf_counter()
     side = make_side(config, job["mode"], weights)
     start_seconds = import_seconds + time.perf_counter() - began
+    del weights  # the side has its own; these would count as its memory
     batches = [make_batch(config, index) for index in range(BATCHES)]
     description = side.describe()
     arrived = {f"{i}.{j}": side.received(array) for i, batch in enumerate(batches) for j, array in enumerate(batch)}

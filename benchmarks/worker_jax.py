@@ -11,7 +11,7 @@ import optax
 
 from benchmarks.worker import PROBE, Part, serve
 from jax_impl import model, random
-from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_together
+from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_all
 from jax_impl.train import Trainer, make_optimizer
 from recipe.config import RunConfig
 
@@ -107,7 +107,7 @@ class JaxSide:
         matrices = {path: grad for path, grad in grads.items() if labels[path] == "muon"}
         newton_schulz = jax.jit(
             functools.partial(
-                orthogonalize_together,
+                orthogonalize_all,
                 steps=config.muon.ns_steps,
                 eps=config.muon.eps,
                 dtype=jnp.dtype(config.precision.newton_schulz),

@@ -19,8 +19,10 @@ from recipe.checkpoint import to_hf_config
 from recipe.config import RunConfig, require
 from recipe.params import param_specs
 from torch_ref import model as reference_model
+from torch_ref import muon as reference_muon
 from torch_ref import random
-from torch_ref.muon import clip_by_global_norm, orthogonalize_together
+from torch_ref.muon import clip_by_global_norm, orthogonalize_all
+from torch_ref.newton_schulz import orthogonalize_via_newton_schulz
 from torch_ref.train import Trainer, make_schedule
 from torch_ref.weights import from_hf
 
@@ -36,6 +38,12 @@ class TorchSide:
         self.fused = config.precision.attention == "fused" and not config.model.dropout
         self.hidden_dtype = getattr(torch, config.precision.compute)
         self.model.loss = self.compiled(self.model.loss)
+        if mode.startswith("torch-compile"):
+            # This process runs no other mode, so Muon may be given the compiled function for its own; the notebook
+            # compiles its Newton-Schulz too. One program a shape, as JAX has.
+            reference_muon.orthogonalize_via_newton_schulz = torch.compile(
+                orthogonalize_via_newton_schulz, dynamic=False
+            )
 
     def compiled(self, function: Callable) -> Callable:
         """The function as this mode runs it."""
@@ -161,7 +169,7 @@ class TorchSide:
         """A function of a list of matrices; None where it cannot be told from the optimizer."""
         muon = self.config.muon
         dtype = getattr(torch, self.config.precision.newton_schulz)
-        return functools.partial(orthogonalize_together, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
+        return functools.partial(orthogonalize_all, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
 
     def optimize(self) -> None:
         """Clip and both optimizers, on the gradients of the last update."""

@@ -6,6 +6,7 @@ is a different optimizer (docs/muon.md).
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,8 +27,9 @@ class ScaleByMuonState(NamedTuple):
     mu: optax.Updates
 
 
-def orthogonalize_together(updates: optax.Updates, **newton_schulz) -> optax.Updates:
-    """Orthogonalise every (fan_in, fan_out) leaf; leaves that are alike when laid wide share one batched call."""
+def orthogonalize_all(updates: optax.Updates, **newton_schulz) -> optax.Updates:
+    """Orthogonalise every (fan_in, fan_out) leaf; on a GPU, leaves that are alike when laid wide share one call."""
+    orthogonalize = functools.partial(orthogonalize_via_newton_schulz, **newton_schulz)
     leaves, tree = jax.tree.flatten(updates)
     groups = collections.defaultdict(list)
     for index, update_IO in enumerate(leaves):
@@ -36,11 +38,16 @@ def orthogonalize_together(updates: optax.Updates, **newton_schulz) -> optax.Upd
         # The wide layout of weight_OI: a tall weight's is its transpose, which is the kernel as it stands.
         kernel_is_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]
         wide = [leaves[i] if lies else leaves[i].mT for i, lies in zip(indices, kernel_is_wide, strict=True)]
-        orthogonal = orthogonalize_via_newton_schulz(jnp.stack(wide), **newton_schulz)
+        orthogonal = orthogonalize(jnp.stack(wide)) if takes_batches() else map(orthogonalize, wide)
         for i, lies, matrix in zip(indices, kernel_is_wide, orthogonal, strict=True):
             # Out of ns_dtype before any scaling: a factor applied in bfloat16 would cost 2e-3.
             leaves[i] = (matrix if lies else matrix.mT).astype(leaves[i].dtype)
     return jax.tree.unflatten(tree, leaves)
+
+
+def takes_batches() -> bool:
+    """Whether stacked matrices are multiplied faster; on a CPU they are not, and the stack is a copy of them all."""
+    return jax.default_backend() != "cpu"
 
 
 def scale_by_muon(
@@ -59,7 +66,7 @@ def scale_by_muon(
         del params
         mu = optax.tree.update_moment(updates, state.mu, beta, order=1)
         direction = optax.tree.update_moment(updates, mu, beta, order=1) if nesterov else mu
-        return orthogonalize_together(direction, steps=ns_steps, eps=eps, dtype=ns_dtype), ScaleByMuonState(mu)
+        return orthogonalize_all(direction, steps=ns_steps, eps=eps, dtype=ns_dtype), ScaleByMuonState(mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -32,7 +32,7 @@ def orthogonalize_via_newton_schulz(
     wide = jnp.promote_types(dtype, jnp.float32)
     # bfloat16 products are exact in float32; wider operands must not be cut to TF32 on a GPU.
     precision = jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=wide)
+    matmul = functools.partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
     tall = x_OI.shape[-2] > x_OI.shape[-1]
     x = (x_OI.mT if tall else x_OI).astype(wide)
@@ -40,9 +40,9 @@ def orthogonalize_via_newton_schulz(
     x = (x / (norm + eps)).astype(dtype)
 
     def iteration(_, x):
-        gram = matmul(x, x.mT).astype(dtype)
-        polynomial = (b * gram.astype(wide) + c * matmul(gram, gram)).astype(dtype)
-        return (a * x.astype(wide) + matmul(polynomial, x)).astype(dtype)
+        gram = matmul("...ij,...kj->...ik", x, x).astype(dtype)  # x @ x.mT, for which XLA:CPU has no bfloat16 kernel
+        polynomial = (b * gram.astype(wide) + c * matmul("...ij,...jk->...ik", gram, gram)).astype(dtype)
+        return (a * x.astype(wide) + matmul("...ij,...jk->...ik", polynomial, x)).astype(dtype)
 
     x = jax.lax.fori_loop(0, steps, iteration, x)
     return x.mT if tall else x

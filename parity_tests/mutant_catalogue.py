@@ -270,8 +270,8 @@ MUTANTS = (
     Mutant(
         "polynomial summed in bfloat16 with rounded coefficients",
         NS,
-        "(b * gram.astype(wide) + c * matmul(gram, gram)).astype(dtype)",
-        "b * gram + c * matmul(gram, gram).astype(dtype)",
+        '(b * gram.astype(wide) + c * matmul("...ij,...jk->...ik", gram, gram)).astype(dtype)',
+        'b * gram + c * matmul("...ij,...jk->...ik", gram, gram).astype(dtype)',
         ORTHO,
     ),
     Mutant("no transpose of tall matrices", NS, "tall = x_OI.shape[-2] > x_OI.shape[-1]", "tall = False", ORTHO),
@@ -537,8 +537,8 @@ MUTANTS = (
     Mutant(
         "torch's Adam starts its bias correction again",
         "torch_ref.weights",
-        "torch.tensor(float(updates))",
-        "torch.tensor(0.0)",
+        "torch.tensor(float(updates), dtype",
+        "torch.tensor(0.0, dtype",
         SAME_TORCH,
     ),
     Mutant(

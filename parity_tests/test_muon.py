@@ -158,17 +158,45 @@ def test_optax_contrib_muon_is_another_optimizer():
 def test_square_kernels_are_iterated_as_fan_out_by_fan_in():
     """In bfloat16 X X^T and X^T X give other bits, and each kernel must take its torch twin's."""
     x = gradients(1.0)[0]["square"]
-    together = jax_impl.muon.orthogonalize_together({"square": jnp.asarray(x.T, jnp.float32)})["square"]
+    together = jax_impl.muon.orthogonalize_all({"square": jnp.asarray(x.T, jnp.float32)})["square"]
     right = jax_impl.muon.orthogonalize_via_newton_schulz(jnp.asarray(x, jnp.float32)).astype(jnp.float32)
     wrong = jax_impl.muon.orthogonalize_via_newton_schulz(jnp.asarray(x.T, jnp.float32)).astype(jnp.float32).T
     np.testing.assert_array_equal(np.asarray(together).T, right)
     assert not np.array_equal(right, wrong)
 
 
-def test_matrices_that_are_alike_share_one_call():
-    text = str(jax.make_jaxpr(jax_impl.muon.orthogonalize_together)({n: jnp.zeros(s) for n, s in SHAPES.items()}))
-    # 48x48; 96x24 with 24x96; 24x48 twice: three groups of three products.
-    assert text.count("dot_general") == 3 * 3
+@pytest.mark.parametrize(("batches", "calls"), [(True, 3), (False, 5)])
+def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, calls, monkeypatch):
+    """48x48; 96x24 with 24x96; 24x48 twice: three shapes of five matrices, whose values do not depend on the way."""
+    taken = {"jax": [], "torch": []}
+
+    def counting(module, side: str):
+        original = module.orthogonalize_via_newton_schulz
+
+        def orthogonalize(x, **options):
+            taken[side].append(tuple(x.shape))
+            return original(x, **options)
+
+        monkeypatch.setattr(module, "orthogonalize_via_newton_schulz", orthogonalize)
+
+    matrices = gradients(1.0)[0]
+    alone = {
+        name: torch_ref.muon.orthogonalize_via_newton_schulz(torch.tensor(x), dtype=torch.float64).numpy()
+        for name, x in matrices.items()
+    }
+    monkeypatch.setattr(jax_impl.muon, "takes_batches", lambda: batches)
+    monkeypatch.setattr(torch_ref.muon, "takes_batches", lambda device: batches)
+    counting(jax_impl.muon, "jax")
+    counting(torch_ref.muon, "torch")
+    with jax.enable_x64(True):
+        kernels = {name: jnp.asarray(x.T) for name, x in matrices.items()}
+        from_jax = jax_impl.muon.orthogonalize_all(kernels, dtype=jnp.float64)
+    from_torch = torch_ref.muon.orthogonalize_all([torch.tensor(x) for x in matrices.values()], dtype=torch.float64)
+    for name, theirs in zip(matrices, from_torch, strict=True):
+        check(f"jax {name}", np.asarray(from_jax[name]).T, alone[name], allowance(matrices[name], "float64"))
+        check(f"torch {name}", theirs.numpy(), alone[name], allowance(matrices[name], "float64"))
+    assert {side: len(shapes) for side, shapes in taken.items()} == {"jax": calls, "torch": calls}
+    assert sorted(taken["jax"]) == sorted(taken["torch"])
 
 
 def test_it_behaves_as_an_optax_transformation():

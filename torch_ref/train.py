@@ -45,7 +45,9 @@ def make_schedule(config: RunConfig) -> Callable[[int], float]:
 def make_optimizer(config: RunConfig, model: Qwen3ForCausalLM) -> MuonWithAdamW:
     """The hybrid optimizer over the model's parameters."""
     ns_dtype = getattr(torch, config.precision.newton_schulz)
-    return MuonWithAdamW(model, config.muon, config.adamw, ns_dtype=ns_dtype)
+    # Proofs, in float64, go through AdamW operation by operation, whose roundings parity_tests/montecarlo.py can see.
+    fused = config.precision.params == "float32"
+    return MuonWithAdamW(model, config.muon, config.adamw, ns_dtype=ns_dtype, fused=fused)
 
 
 def init_state(config: RunConfig, weights: Mapping[str, np.ndarray], device: str = "cpu") -> TrainState:

@@ -73,4 +73,6 @@ def restore_optimizer(optimizer, slots: Mapping[str, Mapping[str, np.ndarray]], 
             parameter = optimizer.named_parameters[name]
             half.state[parameter][slot] = from_array(slots[slot][name]).to(parameter)
             if half is optimizer.adamw:
-                half.state[parameter]["step"] = torch.tensor(float(updates))  # its bias correction counts updates
+                # Its bias correction counts updates, in float32 and where the kernel reads it.
+                device = parameter.device if half.defaults["fused"] else "cpu"
+                half.state[parameter]["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
