@@ -36,9 +36,40 @@ def contract(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     would write by hand, on operands of x's dtype; y's is returned unrounded in y's own dtype, which is what the
     parameters want, and plain autodiff would multiply float32 by bfloat16, which no fast kernel does.
     """
-    # XLA's CPU backend has bfloat16 kernels only for float32 results; elsewhere the narrow result saves a pass.
-    result = accumulator(x.dtype) if jax.default_backend() == "cpu" else jnp.promote_types(dtype, x.dtype)
-    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=result).astype(dtype)
+    y = y.astype(x.dtype)
+    if jax.default_backend() != "cpu":
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.promote_types(dtype, x.dtype)).astype(dtype)
+    if x.dtype.itemsize > 2:
+        return jnp.einsum(spec, x, y, preferred_element_type=accumulator(x.dtype)).astype(dtype)
+    # XLA's CPU backend has bfloat16 kernels for float32 results and one layout; all else it converts to float32 first,
+    # and takes three to five times as long (docs/log.md).
+    z = jnp.einsum(*_lay_out(spec, x, y), preferred_element_type=accumulator(x.dtype))
+    # Else jax 0.10 folds a transpose of the result into the product and then has no kernel for it: it fails to run.
+    return jax.lax.optimization_barrier(z).astype(dtype)
+
+
+def in_memory(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """x with its axes in this order, written out; else XLA would hand the order on to the product that reads x.
+
+    On a CPU the order decides which kernel multiplies (`contract`); on a GPU every order is a fast one.
+    """
+    x = jnp.transpose(x, axes)
+    # Flat behind the barrier: the compiler must not see that it is a transpose.
+    return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape) if jax.default_backend() == "cpu" else x
+
+
+def _lay_out(spec: str, x: jax.Array, y: jax.Array) -> tuple[str, jax.Array, jax.Array]:
+    """The same product with that operand first whose own index leads the result, its summed index last in memory."""
+    operands, z_axes = spec.split("->")
+    x_axes, y_axes = operands.split(",")
+    batch = [axis for axis in z_axes if axis in x_axes and axis in y_axes]
+    if next(axis for axis in z_axes if axis not in batch) in y_axes:
+        x, y, x_axes, y_axes = y, x, y_axes, x_axes
+    own = [axis for axis in z_axes if axis not in y_axes]
+    axes = "".join([*batch, *own, *(axis for axis in x_axes if axis not in z_axes)])
+    if axes != x_axes:
+        x = in_memory(x, [x_axes.index(axis) for axis in axes])
+    return f"{axes},{y_axes}->{z_axes}", x, y
 
 
 def _contract_forward(spec, x, y, dtype):
@@ -71,8 +102,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
     if key is None or rate == 0.0:
         return x
+    return drop(x, random.keep_mask(random.fold_in(key, *path), x.shape, rate), rate)
+
+
+def drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
+    """x / (1-rate) where `keep` is true, else zero."""
     scaled = (x.astype(accumulator(x.dtype)) / (1.0 - rate)).astype(x.dtype)
-    return jnp.where(random.keep_mask(random.fold_in(key, *path), x.shape, rate), scaled, jnp.zeros_like(x))
+    return jnp.where(keep, scaled, jnp.zeros_like(x))
 
 
 def rope_table(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,29 +138,62 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention in blocks of queries; query t sees keys s <= t, and s > t - window if set.
 
-    `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index.
+    `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index. Scores are computed again in
+    the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never leave the caches.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    dtype = q_BTNH.dtype
-    # Laid out once, in rows X = B K and queries Q = G T: XLA would transpose b, t, k, g in every block and product.
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H) for x_BSKH in (k_BSKH, v_BSKH))
-    outputs = []
-    for block, start in enumerate(range(0, T, QUERY_BLOCK)):
+    G, X, dtype = N // K, B * K, q_BTNH.dtype
+    # Laid out once, by key head: XLA would transpose b, t, k, g in every block and product.
+    q_XGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(X, G, T, H)
+    k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(X, -1, H) for x_BSKH in (k_BSKH, v_BSKH))
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         first = 0 if window is None else max(0, start - window + 1)
-        t, s = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
-        visible = (s <= t) if window is None else (s <= t) & (s > t - window)
-        q_XQH = q_BKGTH[:, :, :, start:stop].reshape(B * K, -1, H)
-        scores_XQS = contract("xqh,xsh->xqs", q_XQH, k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(H)
-        scores_BKGTS = scores_XQS.reshape(B, K, N // K, stop - start, -1)
-        probs_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, -jnp.inf), axis=-1).astype(dtype)
-        probs_BKGTS = dropout(probs_BKGTS, rate, key, block)
-        out_XQH = contract("xqs,xsh->xqh", probs_BKGTS.reshape(*scores_XQS.shape), v_XSH[:, first:stop], dtype)
-        outputs.append(out_XQH.reshape(B, K, N // K, -1, H))
-    out_BKGTH = jnp.concatenate(outputs, axis=3)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        blocks.append((start, stop, first))
+
+    masks_XGTS = []
+    if key is not None and rate > 0.0:
+        for block, (start, stop, first) in enumerate(blocks):
+            mask_BKGTS = random.keep_mask(random.fold_in(key, block), (B, K, G, stop - start, stop - first), rate)
+            masks_XGTS.append(mask_BKGTS.reshape(X, *mask_BKGTS.shape[2:]))
+
+    @jax.checkpoint
+    def attend(operands):
+        q_XGTH, k_XSH, v_XSH, masks_XGTS = operands
+        X, outputs = q_XGTH.shape[0], []
+        for block, (start, stop, first) in enumerate(blocks):
+            t, s = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
+            visible = (s <= t) if window is None else (s <= t) & (s > t - window)
+            q_XQH = q_XGTH[:, :, start:stop].reshape(X, -1, H)
+            scores_XQS = contract("xqh,xsh->xqs", q_XQH, k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(H)
+            scores_XGTS = scores_XQS.reshape(X, G, stop - start, -1)
+            probs_XGTS = jax.nn.softmax(jnp.where(visible, scores_XGTS, -jnp.inf), axis=-1).astype(dtype)
+            if masks_XGTS:
+                probs_XGTS = drop(probs_XGTS, masks_XGTS[block], rate)
+            out_XQH = contract("xqs,xsh->xqh", probs_XGTS.reshape(scores_XQS.shape), v_XSH[:, first:stop], dtype)
+            outputs.append(out_XQH.reshape(X, G, -1, H))
+        return jnp.concatenate(outputs, axis=2)
+
+    operands = q_XGTH, k_XSH, v_XSH, masks_XGTS
+    count = chunk_count(X, G * min(QUERY_BLOCK, T) * T)
+    if count == 1:
+        out_XGTH = attend(operands)
+    else:
+        out_XGTH = jax.lax.map(attend, jax.tree.map(lambda x: x.reshape(count, X // count, *x.shape[1:]), operands))
+    return out_XGTH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def chunk_count(rows: int, scores: int) -> int:
+    """Into how many equal chunks attention splits its rows, each with so many scores at once.
+
+    On a CPU at most 2^20 scores, 4 MiB in float32, are in work, which two cores' caches hold; a GPU takes all.
+    """
+    if jax.default_backend() != "cpu":
+        return 1
+    fitting = (count for count in range(1, rows + 1) if rows % count == 0 and rows // count * scores <= 2**20)
+    return next(fitting, rows)
 
 
 def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int | None) -> jax.Array:
@@ -237,7 +306,7 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
     head = head_VD.astype(x_MD.dtype)
 
     def chunk(carry, operands):
-        loss, grad_head_VD = carry
+        loss, grad_head_DV = carry
         x, targets, weights = operands
         logits_MV = contract("md,vd->mv", x, head, wide)
         peak = jnp.max(logits_MV, axis=-1, keepdims=True)
@@ -248,13 +317,14 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
         is_target = targets[:, None] == jnp.arange(logits_MV.shape[-1])
         grad_logits = ((exponentials / total - is_target) * weights[:, None]).astype(x.dtype)
         grad_x = contract("mv,vd->md", grad_logits, head, x.dtype)
-        return (loss, grad_head_VD + contract("mv,md->vd", grad_logits, x, wide)), grad_x
+        # Summed as (D, V): so it is x that has to be transposed and not the logits.
+        return (loss, grad_head_DV + contract("dm,mv->dv", in_memory(x, (1, 0)), grad_logits, wide)), grad_x
 
     x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M)
-    start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape, wide))
-    (loss, grad_head_VD), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
+    start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape[::-1], wide))
+    (loss, grad_head_DV), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
     grad_x_MD = grad_x_CMD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
-    return loss, (grad_x_MD, grad_head_VD.astype(head_VD.dtype))
+    return loss, (grad_x_MD, grad_head_DV.T.astype(head_VD.dtype))
 
 
 def _cross_entropy_backward(residuals, cotangent):
@@ -283,17 +353,31 @@ class Linear(nnx.Module):
         return y if self.bias is None else (y.astype(accumulator(y.dtype)) + self.bias[...]).astype(y.dtype)
 
 
+# For the backward pass the next two functions keep only what they are given: in between they are float32 and would take
+# twice the memory, which costs more than to compute it again.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 or wider."""
+    wide = x.astype(accumulator(x.dtype))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * weight.astype(wide.dtype)).astype(x.dtype)
+
+
+@jax.checkpoint
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, silu in float32 or wider."""
+    return jax.nn.silu(gate.astype(accumulator(gate.dtype))).astype(gate.dtype) * up
+
+
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """`rms_norm` with its weight."""
 
     def __init__(self, features: int, eps: float, *, dtype) -> None:
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(accumulator(x.dtype))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...].astype(wide.dtype)).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class Embedding(nnx.Module):
@@ -360,7 +444,7 @@ class Qwen3MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
-        hidden_BTF = jax.nn.silu(gate_BTF.astype(accumulator(gate_BTF.dtype))).astype(gate_BTF.dtype) * up_BTF
+        hidden_BTF = swiglu(gate_BTF, up_BTF)
         hidden_BTF = dropout(hidden_BTF, self.rate, dropout_key, self.layer, random.FFN_HIDDEN)
         return self.down_proj(hidden_BTF)
 
@@ -397,7 +481,7 @@ class Qwen3Model(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=precision.params)
         self.layers = nnx.List([Qwen3DecoderLayer(config, precision, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=precision.params)
-        self.config, self.dtype = config, precision.compute
+        self.config, self.dtype, self.remat = config, precision.compute, precision.remat
 
     def __call__(
         self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None, cache: KVCache | None = None
@@ -413,7 +497,9 @@ class Qwen3Model(nnx.Module):
             cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key, cache)
+            call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+            remat = self.remat and cache is None
+            x_BTD = (jax.checkpoint(call) if remat else call)(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 

@@ -78,19 +78,23 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
     def loss(params, inputs_BT, targets_BT, key):
         return bind(graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options())
     def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
         A = inputs_ABT.shape[0]
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
 
-        def micro_batch(total, operands):
-            index, inputs_BT, targets_BT = operands
+        def gradient(index, inputs_BT, targets_BT):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)
-            return jax.tree.map(jnp.add, total, gradient), None
+            return jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)
 
-        zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, state.params))
-        total, _ = jax.lax.scan(micro_batch, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
+        def add_gradient(total, micro_batch):
+            return jax.tree.map(jnp.add, total, gradient(*micro_batch)), None
+
+        if A == 1:
+            total = gradient(0, inputs_ABT[0], targets_ABT[0])  # no second copy of the gradients to add them in
+        else:
+            zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, state.params))
+            total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
         mean_loss, grads = jax.tree.map(lambda x: x / A, total)
 
         grads, grad_norm = clip_by_global_norm(grads, config.clip_norm)
@@ -110,6 +114,13 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[jax.Array, jax.Array
     graph = model_structure(config.model, config.precision)
     evaluate = jax.jit(lambda params, inputs_BT, targets_BT: bind(graph, params).evaluate(inputs_BT, targets_BT))
     return _with_precision(evaluate, config)
+
+
+def _compiler_options() -> dict[str, str]:
+    """Options of XLA's that training wants, by backend."""
+    # XLA:CPU's default runs whatever is ready, all layers' recomputation at once; this order keeps little in memory.
+    cpu = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return cpu if jax.default_backend() == "cpu" else {}
 
 
 def _with_precision(function, config: RunConfig):

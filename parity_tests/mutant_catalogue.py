@@ -32,6 +32,7 @@ DROPOUT = "parity_tests/test_model.py::test_loss_and_every_gradient[everything-f
 EVALUATION = "parity_tests/test_model.py::test_evaluation_numbers[float64]"
 LOSS = "parity_tests/test_parts.py::test_part[cross_entropy-float64]"
 CHUNKS = "parity_tests/test_properties.py::test_chunks_of_the_loss_change_nothing"
+ATTENTION_CHUNKS = "parity_tests/test_properties.py::test_chunks_of_attention_change_nothing"
 HF = "parity_tests/test_transformers.py::test_logits_loss_and_gradients_equal_those_of_transformers"
 RANDOM = "parity_tests/test_random.py"
 UPDATES = "parity_tests/test_training.py::test_ten_updates_agree_in_float64"
@@ -118,12 +119,12 @@ MUTANTS = (
         LOGITS,
     ),
     Mutant("GELU for SiLU", MODEL, "jax.nn.silu(", "jax.nn.gelu(", LOGITS),
-    Mutant("RMSNorm eps 1e-5", MODEL, "keepdims=True) + self.eps)", "keepdims=True) + 10 * self.eps)", LOGITS),
+    Mutant("RMSNorm eps 1e-5", MODEL, "keepdims=True) + eps)", "keepdims=True) + 10 * eps)", LOGITS),
     Mutant(
         "RMSNorm eps outside the root",
         MODEL,
-        "jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)",
-        "(1.0 / (jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True)) + self.eps))",
+        "jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)",
+        "(1.0 / (jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True)) + eps))",
         LOGITS,
     ),
     Mutant("LayerNorm's variance for RMSNorm's", MODEL, "jnp.mean(wide * wide, axis", "jnp.var(wide, axis", LOGITS),
@@ -152,9 +153,16 @@ MUTANTS = (
     Mutant(
         "query heads grouped the other way round",
         MODEL,
-        "q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
-        "q_BTNH.reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
+        "q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)",
+        "q_BTNH.reshape(B, T, G, K, H).transpose(0, 3, 2, 1, 4)",
         LOGITS,
+    ),
+    Mutant(
+        "chunks of attention put back in another order",
+        MODEL,
+        "operands))\n    return out_XGTH.reshape",
+        "operands))[::-1]\n    return out_XGTH.reshape",
+        ATTENTION_CHUNKS,
     ),
     Mutant("heads put back in another order", MODEL, ".transpose(0, 3, 1, 2, 4)", ".transpose(0, 3, 2, 1, 4)", LOGITS),
     Mutant("final norm left out", MODEL, "dropout(self.norm(x_BTD), rate,", "dropout(x_BTD, rate,", LOGITS),
@@ -200,8 +208,8 @@ MUTANTS = (
     Mutant(
         "head's gradient from the last chunk only",
         MODEL,
-        "return (loss, grad_head_VD + contract(",
-        "return (loss, 0.0 * grad_head_VD + contract(",
+        "return (loss, grad_head_DV + contract(",
+        "return (loss, 0.0 * grad_head_DV + contract(",
         CHUNKS,
     ),
     Mutant(
@@ -235,6 +243,20 @@ MUTANTS = (
         "self.layer, random.FFN_RESIDUAL)",
         "self.layer, random.ATTENTION_RESIDUAL)",
         DROPOUT,
+    ),
+    Mutant(
+        "attention's masks laid out for other heads",
+        MODEL,
+        "masks_XGTS.append(mask_BKGTS.reshape",
+        "masks_XGTS.append(mask_BKGTS.swapaxes(0, 1).reshape",
+        DROPOUT,
+    ),
+    Mutant(
+        "one mask for all blocks of queries",
+        MODEL,
+        "random.keep_mask(random.fold_in(key, block), (B, K",
+        "random.keep_mask(random.fold_in(key, 0 * block), (B, K",
+        ATTENTION_CHUNKS,
     ),
     Mutant("dropped and kept exchanged", "jax_impl.random", "shape) >= jnp", "shape) < jnp", RANDOM),
     Mutant("a Threefry rotation mistyped", "torch_ref.random", "(13, 15, 26, 6)", "(13, 15, 26, 7)", RANDOM),
@@ -351,9 +373,17 @@ MUTANTS = (
     Mutant(
         "clip of each micro-batch instead of their mean",
         TRAIN,
-        "            gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n",
-        "            value, gradient = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n"
-        "            gradient = value, clip_by_global_norm(gradient, config.clip_norm)[0]\n",
+        "            return jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n",
+        "            value, grads = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n"
+        "            return value, clip_by_global_norm(grads, config.clip_norm)[0]\n",
+        UPDATES,
+    ),
+    Mutant("first micro-batch alone", TRAIN, "        if A == 1:\n", "        if A >= 1:\n", UPDATES),
+    Mutant(
+        "norm of the rows' norms added up",
+        "torch_ref.muon",
+        "torch.linalg.vector_norm(row, dtype=torch.float64) for row",
+        "torch.linalg.vector_norm(row, 1, dtype=torch.float64) for row",
         UPDATES,
     ),
     Mutant(

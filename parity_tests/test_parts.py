@@ -57,8 +57,8 @@ def _targets(library, rows: int):
     return torch.tensor(targets) if library is torch_ref.model else jnp.asarray(targets)
 
 
-def _attention(**options) -> Callable:
-    return lambda library, module, q, k, v: library.attention(q, k, v, **options)
+def _attention(*, window: int | None = None, rate: float = 0.0) -> Callable:
+    return lambda library, module, q, k, v: library.attention(q, k, v, window=window, rate=rate, key=_key(library))
 
 
 def _qkv(T: int, S: int) -> dict[str, tuple[int, ...]]:
@@ -68,10 +68,11 @@ def _qkv(T: int, S: int) -> dict[str, tuple[int, ...]]:
 PARTS = {
     "rope": Part(lambda library, module, x: library.apply_rope(x, *_tables(library, x)), {"x": (1, 200, 3, 8)}),
     "rms_norm": Part(lambda library, module, x: module(x), {"x": (2, 7, 30)}, LAYER + "input_layernorm."),
-    "attention": Part(_attention(window=None), _qkv(7, 7)),
+    "attention": Part(_attention(), _qkv(7, 7)),
     "attention-window": Part(_attention(window=3), _qkv(7, 7)),
-    "attention-two-blocks": Part(_attention(window=None), _qkv(140, 140)),
+    "attention-two-blocks": Part(_attention(), _qkv(140, 140)),
     "attention-two-blocks-window": Part(_attention(window=20), _qkv(140, 140)),
+    "attention-two-blocks-dropout": Part(_attention(window=20, rate=0.1), _qkv(140, 140)),
     "dropout": Part(lambda library, module, x: library.dropout(x, 0.1, _key(library), 1, 2), {"x": (3, 5, 7)}),
     "mlp": Part(lambda library, module, x: module(x, None), {"x": (2, 7, 30)}, LAYER + "mlp."),
     "self_attn": Part(

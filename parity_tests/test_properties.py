@@ -13,7 +13,7 @@ import jax_impl.model
 import torch_ref.model
 from jax_impl import random as jax_random
 from jax_impl.weights import bind
-from parity_tests.cases import AWKWARD, FLOAT64, ROWS, random_tokens, random_weights
+from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, ROWS, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.sides import Arrays, JaxModel, TorchModel
 from parity_tests.tolerance import check, check_all, relative_error
@@ -187,6 +187,85 @@ def test_query_blocks_change_nothing(twin, window, monkeypatch):
     for block in (5, 13):
         monkeypatch.setattr(twin.module, "QUERY_BLOCK", block)
         check(f"blocks of {block}", twin.call("attention", q, k, v, window=window), whole, allowance)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_chunks_of_attention_change_nothing(chunks, monkeypatch):
+    """2 rows of 2 key heads, whole, two and one at a time, in blocks of 5 with dropout, values and gradients."""
+    arrays = normal(2, 14, 6, 4, seed=1), normal(2, 14, 2, 4, seed=2), normal(2, 14, 2, 4, seed=3)
+    cotangent = normal(2, 14, 6, 4, seed=4)
+    monkeypatch.setattr(torch_ref.model, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(jax_impl.model, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(jax_impl.model, "chunk_count", lambda rows, scores: chunks)
+
+    def compute() -> Arrays:
+        leaves = [torch.tensor(array).requires_grad_() for array in arrays]
+        out = torch_ref.model.attention(*leaves, window=8, rate=0.3, key=torch_random.key(6))
+        out.backward(torch.tensor(cotangent))
+        named = {"out": out} | {name: leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}
+        return {name: value.detach().numpy() for name, value in named.items()}
+
+    with jax.enable_x64(True):
+        attention = functools.partial(jax_impl.model.attention, window=8, rate=0.3, key=jax_random.key(6))
+
+        @jax.jit
+        def value_and_grads(q, k, v):
+            out, pull = jax.vjp(attention, q, k, v)
+            return out, *pull(jnp.asarray(cotangent))
+
+        values = dict(zip(("out", *"qkv"), map(np.asarray, value_and_grads(*map(jnp.asarray, arrays))), strict=True))
+    truths, kappas = amplification(compute)
+    check_all(values, truths, allowances(kappas, "float64").get)
+
+
+def test_attention_takes_as_many_rows_at_once_as_the_caches_hold(monkeypatch):
+    # All fit; half of six do; no two do; seven rows, of which four would fit, have no equal parts but single ones.
+    chunks = {(4, 2**18): 1, (6, 2**18): 2, (4, 2**21): 4, (7, 2**18): 7}
+    assert {case: jax_impl.model.chunk_count(*case) for case in chunks} == chunks
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jax_impl.model.chunk_count(4, 2**21) == 1
+
+
+@pytest.mark.parametrize("dropout_seed", [None, 4], ids=["plain", "dropout"])
+def test_computing_blocks_again_changes_nothing(twin, dropout_seed):
+    """Nor does it in the backward pass, whose masks have to be those of the forward pass."""
+    model = dataclasses.replace(MODEL, dropout=0.2)
+    weights, again = random_weights(model), dataclasses.replace(FLOAT64, remat=True)
+    inputs, targets = random_tokens(model, ROWS, 11), random_tokens(model, ROWS, 11, seed=2)
+    kept_loss, kept = twin.side(model, FLOAT64, weights).loss_and_grads(inputs, targets, dropout_seed)
+    loss, grads = twin.side(model, again, weights).loss_and_grads(inputs, targets, dropout_seed)
+
+    def compute() -> Arrays:
+        value, grads = TorchModel(model, FLOAT64, weights).loss_and_grads(inputs, targets, dropout_seed)
+        return {"loss": np.array(value), **grads}
+
+    check_all(grads | {"loss": np.array(loss)}, kept | {"loss": np.array(kept_loss)}, allowance_of(compute).get)
+
+
+def test_computing_blocks_again_keeps_less_in_memory():
+    """What waits for the backward pass: of every block its input alone, not some fifteen arrays of that size."""
+    model = dataclasses.replace(AWKWARD, num_hidden_layers=6)
+    weights, tokens = random_weights(model), random_tokens(model, 4, 100)
+    kept = {}
+    for remat in (False, True):
+        precision = dataclasses.replace(FLOAT32, remat=remat)
+        side = JaxModel(model, precision, weights)
+        _, pull = jax.vjp(lambda params, side=side: bind(side.graph, params).loss(tokens, tokens), side.params)
+        kept["jax", remat] = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+        # Every tensor once, however often it is kept; parameters and tokens are there anyway.
+        seen = {}
+
+        def keep(tensor, seen=seen):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        module = TorchModel(model, precision, weights).module
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module.loss(torch.tensor(tokens).long(), torch.tensor(tokens).long())
+        kept["torch", remat] = sum(seen.values())
+    block = 4 * 100 * model.hidden_size * 4
+    for side in ("jax", "torch"):
+        assert kept[side, False] - kept[side, True] > 8 * model.num_hidden_layers * block, kept
 
 
 def test_attention_is_the_softmax_average_of_visible_values(twin):

@@ -236,7 +236,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Every dtype, by name: nothing here depends on the backend."""
+    """Every dtype, by name, and which way the model is computed: nothing here depends on the backend."""
 
     params: Dtype = "float32"
     """Parameters, accumulated gradients, optimizer state; training wants float32 or wider."""
@@ -249,6 +249,9 @@ class PrecisionConfig:
     attention: Literal["explicit", "fused"] = "explicit"
     """explicit is this project's code, in query blocks; fused is the framework's kernel: cuDNN in JAX on a GPU, SDPA in
     torch."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: a third more work in the
+    blocks, and memory for one block instead of all."""
 
     def __post_init__(self) -> None:
         require(

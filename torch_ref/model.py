@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from recipe.config import ModelConfig, PrecisionConfig, require
 from torch_ref import random
@@ -299,7 +300,7 @@ class Qwen3Model(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList([Qwen3DecoderLayer(config, precision, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.config, self.dtype = config, getattr(torch, precision.compute)
+        self.config, self.dtype, self.remat = config, getattr(torch, precision.compute), precision.remat
 
     def forward(
         self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None, cache: KVCache | None = None
@@ -316,7 +317,9 @@ class Qwen3Model(nn.Module):
             cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TR, sin_TR, dropout_key, cache)
+            call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+            remat = self.remat and cache is None
+            x_BTD = checkpoint(call, x_BTD, use_reentrant=False) if remat else call(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 
