@@ -136,7 +136,7 @@ def attention(
     rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention in blocks of queries; query t sees keys s <= t, and s > t - window if set.
+    """Causal grouped-query attention, S = T, in blocks of queries; query t sees keys s <= t, and s > t - window if set.
 
     `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index. Scores are computed again in
     the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never leave the caches.
@@ -163,16 +163,21 @@ def attention(
     def attend(operands):
         q_XGTH, k_XSH, v_XSH, masks_XGTS = operands
         X, outputs = q_XGTH.shape[0], []
+        # In pieces, whose gradients are pieces: that of a slice has zeros around it and would be added as a whole.
+        edges = np.arange(QUERY_BLOCK, T, QUERY_BLOCK)
+        q_XGTH, k_XSH, v_XSH = jnp.split(q_XGTH, edges, 2), jnp.split(k_XSH, edges, 1), jnp.split(v_XSH, edges, 1)
         for block, (start, stop, first) in enumerate(blocks):
             t, s = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
             visible = (s <= t) if window is None else (s <= t) & (s > t - window)
-            q_XQH = q_XGTH[:, :, start:stop].reshape(X, -1, H)
-            scores_XQS = contract("xqh,xsh->xqs", q_XQH, k_XSH[:, first:stop], accumulator(dtype)) / math.sqrt(H)
+            q_XQH = q_XGTH[block].reshape(X, -1, H)
+            whole, part = divmod(first, QUERY_BLOCK)
+            k, v = (jnp.concatenate(x_XSH[whole : block + 1], axis=1)[:, part:] for x_XSH in (k_XSH, v_XSH))
+            scores_XQS = contract("xqh,xsh->xqs", q_XQH, k, accumulator(dtype)) / math.sqrt(H)
             scores_XGTS = scores_XQS.reshape(X, G, stop - start, -1)
             probs_XGTS = jax.nn.softmax(jnp.where(visible, scores_XGTS, -jnp.inf), axis=-1).astype(dtype)
             if masks_XGTS:
                 probs_XGTS = drop(probs_XGTS, masks_XGTS[block], rate)
-            out_XQH = contract("xqs,xsh->xqh", probs_XGTS.reshape(scores_XQS.shape), v_XSH[:, first:stop], dtype)
+            out_XQH = contract("xqs,xsh->xqh", probs_XGTS.reshape(scores_XQS.shape), v, dtype)
             outputs.append(out_XQH.reshape(X, G, -1, H))
         return jnp.concatenate(outputs, axis=2)
 
