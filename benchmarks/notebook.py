@@ -61,3 +61,17 @@ class Muon(torch.optim.Optimizer):
                 direction = weight.grad.lerp_(mu, group["beta"]) if group["nesterov"] else mu
                 factor = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
                 weight.add_(self.orthogonalize(direction).to(weight.dtype), alpha=-group["lr"] * factor)
+
+
+class TextTokenDataset(torch.utils.data.Dataset):
+    """The notebook's training text: a list of tokens, a window at every offset, tensors made one window at a time."""
+
+    def __init__(self, tokens: list[int], sequence_length: int) -> None:
+        self.tokens, self.sequence_length = tokens, sequence_length
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.sequence_length
+
+    def __getitem__(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        stop = start + self.sequence_length
+        return torch.tensor(self.tokens[start:stop]), torch.tensor(self.tokens[start + 1 : stop + 1])

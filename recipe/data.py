@@ -221,8 +221,8 @@ def _build(
     """Tokenise and write the cache entry whole or not at all."""
     if tokenizer is None:
         tokenizer = train_bpe(split.train, config.bpe_vocab_size)
-    train = _encode(tokenizer, split.train, config.max_tokens, "training text", show_progress)
-    validation = _encode(tokenizer, split.validation, None, "held-out text", show_progress)
+    train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", show_progress=show_progress)
+    validation = encode_texts(tokenizer, split.validation, what="held-out text", show_progress=show_progress)
     sample, tokens = (split.validation, validation) if split.validation else (split.train, train)
     size = sum(len(text.encode()) for text in sample)
     if config.max_tokens is not None and not split.validation:
@@ -250,8 +250,13 @@ def _build(
     return manifest
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], limit: int | None, what: str, show_progress: bool) -> np.ndarray:
-    """Tokens of all texts with end-of-text after each, uint16 where the vocabulary allows; in parallel, in order."""
+def encode_texts(
+    tokenizer: Tokenizer, texts: list[str], limit: int | None = None, *, what: str = "", show_progress: bool = False
+) -> np.ndarray:
+    """Tokens of all texts with end-of-text after each, uint16 where the vocabulary allows; in parallel, in order.
+
+    The first `limit` tokens, if it is given; `what` names the text in the progress.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     total = sum(map(len, texts))
     # A bar on a terminal, one plain line elsewhere.
@@ -259,16 +264,17 @@ def _encode(tokenizer: Tokenizer, texts: list[str], limit: int | None, what: str
     bar = tqdm(total=total, unit="char", unit_scale=True, desc=f"tokenising {what}", disable=hidden)
     if show_progress and bar.disable and total:
         print(f"tokenising {what}: {total:,} characters", file=sys.stderr)
-    parts, batch, count = [], [], 0
+    parts, batch, characters, count = [], [], 0, 0
     for index, text in enumerate(texts):
         batch.append(text)
-        if sum(map(len, batch)) < CHARACTERS_AT_ONCE and index + 1 < len(texts):
+        characters += len(text)
+        if characters < CHARACTERS_AT_ONCE and index + 1 < len(texts):
             continue
         for ids in tokenizer.encode_batch(batch):
             parts.append(np.array([*ids, tokenizer.eos_id], dtype))
             count += len(ids) + 1
-        bar.update(sum(map(len, batch)))
-        batch = []
+        bar.update(characters)
+        batch, characters = [], 0
         if limit is not None and count >= limit:
             break
     bar.close()

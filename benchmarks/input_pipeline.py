@@ -1,0 +1,235 @@
+"""Time the input pipeline against the seed notebook's: `python -m benchmarks.input_pipeline --help`.
+
+From text to tokens, and from tokens to the batches of an update, without a model. Both ways take turns in one process,
+whose order is reversed every round; torch stands in it for the notebook's DataLoader alone.
+"""
+
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine, report
+from benchmarks.notebook import TextTokenDataset
+from recipe.cli import parse, run
+from recipe.config import require
+from recipe.corpus import load_documents
+from recipe.data import Dataset, encode_texts
+from recipe.presets import get_preset
+from recipe.runlog import git_commit, installed_versions
+from recipe.tokenizer import Tokenizer, train_bpe
+
+SHARE = 0.01
+"""Share of a step that its input may take."""
+COLOURS = {"here": "#0072b2", "notebook": "#009e73"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """One benchmark: tokenising and batches, here and as in the notebook."""
+
+    preset: str = "seed"
+    """Recipe whose batch size, accumulation and sequence length the batches have."""
+    corpus: str = "shakespeare"
+    """Text, as --data.corpus of the training programs takes it; it is cut into documents."""
+    document_characters: int = 3000
+    """Characters of a document, the notebook's limit."""
+    vocabulary: int = 8192
+    """Vocabulary of the byte-level BPE that is trained on the text."""
+    workers: int = 2
+    """Processes of the notebook's DataLoader in its second row."""
+    rounds: int = 5
+    """Measured rounds; everything is timed once in each."""
+    batches: int = 200
+    """Updates whose batches are made in a round."""
+    out: str = ""
+    """Results are written to OUT.jsonl, OUT.md and OUT.png, never over older ones; empty prints the table only."""
+
+    def __post_init__(self) -> None:
+        for name in ("document_characters", "vocabulary", "rounds", "batches", "workers"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1; choose e.g. 2.")
+
+
+def _documents(options: InputConfig, data) -> list[str]:
+    """The corpus in pieces of equal length."""
+    texts = load_documents(dataclasses.replace(data, corpus=options.corpus)).texts
+    size = options.document_characters
+    return [text[start : start + size] for text in texts for start in range(0, len(text), size)]
+
+
+def _notebook_tokenise(tokenizer: Tokenizer) -> Callable[[list[str]], list[int]]:
+    """The notebook's way: transformers' tokenizer, one document after another, into one list."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        theirs = AutoTokenizer.from_pretrained(folder)
+
+    def tokenise(texts: list[str]) -> list[int]:
+        tokens = []
+        for text in texts:
+            tokens.extend(theirs.encode(text, add_special_tokens=False))
+        return tokens
+
+    return tokenise
+
+
+def _ways(options: InputConfig) -> dict[tuple[str, str], Callable[[], int]]:
+    """(what, whose) -> a function that does it once and returns the number of tokens it made."""
+    recipe = get_preset(options.preset)
+    A, B, T = recipe.accumulation, recipe.batch_size, recipe.sequence_length
+    texts = _documents(options, recipe.data)
+    tokenizer = train_bpe(texts, options.vocabulary)
+    notebook_tokenise = _notebook_tokenise(tokenizer)
+    tokens = encode_texts(tokenizer, texts)
+    require(len(tokens) > A * B * T, f"the text has {len(tokens)} tokens, an update {A * B * T}; name a longer corpus.")
+
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "train.npy", tokens, allow_pickle=False)
+        mapped = np.load(Path(folder) / "train.npy", mmap_mode="r", allow_pickle=False)
+    dataset = Dataset(tokenizer, mapped, mapped[:0], bytes_per_token=1.0, leaking_fraction=None, seed=0)
+    windows = TextTokenDataset(tokens.tolist(), T)
+    updates = iter(range(10**12))
+
+    def batches_here() -> int:
+        made = 0
+        for _ in range(options.batches):
+            inputs, targets = dataset.batch(next(updates), accumulation=A, batch_size=B, sequence_length=T)
+            made += np.ascontiguousarray(inputs).size
+            np.ascontiguousarray(targets)
+        return made
+
+    def batches_notebook(workers: int) -> Callable[[], int]:
+        def batches() -> int:
+            # As many micro-batches as an epoch has or as were asked for; starting the worker processes counts.
+            made = 0
+            loader = torch.utils.data.DataLoader(windows, batch_size=B, shuffle=True, num_workers=workers)
+            for index, (inputs, _) in enumerate(loader, start=1):
+                made += inputs.numel()
+                if index == options.batches * A:
+                    break
+            return made
+
+        return batches
+
+    return {
+        ("tokenising", "here"): lambda: len(encode_texts(tokenizer, texts)),
+        ("tokenising", "notebook"): lambda: len(notebook_tokenise(texts)),
+        ("batches", "here"): batches_here,
+        ("batches", "notebook"): batches_notebook(0),
+        ("batches", f"notebook, {options.workers} workers"): batches_notebook(options.workers),
+    }
+
+
+def benchmark(options: InputConfig) -> list[dict[str, Any]]:
+    """Run the benchmark and return one row per task and way."""
+    require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
+    report.check_free(options.out)
+    ways, recipe = _ways(options), get_preset(options.preset)
+    rates: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    for index in tqdm(range(options.rounds + 1), unit="round", disable=None):
+        for way in ways if index % 2 == 0 else reversed(ways):
+            began = time.perf_counter()
+            made = ways[way]()
+            if index:  # the first round fills caches
+                rates[way].append(made / (time.perf_counter() - began))
+        if not sys.stderr.isatty():
+            print(f"round {index}/{options.rounds}", file=sys.stderr)
+    common = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.input_pipeline", *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "versions": installed_versions(),
+        "cpu": machine.cpu_name(),
+        "cores": len(machine.physical_cores()),
+        "options": dataclasses.asdict(options),
+        "tokens_per_update": recipe.accumulation * recipe.batch_size * recipe.sequence_length,
+    }
+    rows = []
+    for (task, way), own in rates.items():
+        # Against the notebook's first row, within each round.
+        ratios = [ours / theirs for ours, theirs in zip(own, rates[task, "notebook"], strict=True)]
+        values = {
+            "rates": own,
+            "tokens_per_second": report.spread(own),
+            "speed_against_notebook": report.spread(ratios),
+        }
+        rows.append(common | {"task": task, "way": way} | values)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """What was run and where, then a line per task and way."""
+    first = rows[0]
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("numpy", "tokenizers", "torch"))
+    text = [
+        f"### Input pipeline, {first['options']['preset']}, {first['tokens_per_update']:,} tokens per update",
+        "",
+        f"`{first['command']}`",
+        "",
+        f"{first['cpu']}, {first['cores']} cores; {versions}; commit {first['git_commit']}; {first['date']}. "
+        f"{len(first['rates'])} rounds in alternating order.",
+        "",
+        "| task | way | million tokens/s, median (min–max) | x notebook (min–max) | 1 % of a step up to, tokens/s |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        rate, ratio = row["tokens_per_second"], row["speed_against_notebook"]
+        limit = f"{SHARE * rate['median']:,.0f}" if row["task"] == "batches" else "–"
+        text.append(
+            f"| {row['task']} | {row['way']} | {rate['median'] / 1e6:,.2f} ({rate['min'] / 1e6:,.2f}–"
+            f"{rate['max'] / 1e6:,.2f}) | {ratio['median']:,.2f} ({ratio['min']:,.2f}–{ratio['max']:,.2f}) | {limit} |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], png: Path) -> None:
+    """Bars of tokens per second on a logarithmic axis, one group per task."""
+    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
+
+    figure = Figure(figsize=(8, 1.0 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for position, row in enumerate(rows):
+        rate = row["tokens_per_second"]
+        axes.barh(position, rate["median"], color=COLOURS[row["way"].partition(",")[0]], height=0.7)
+        ratio = row["speed_against_notebook"]["median"]
+        axes.text(
+            rate["median"], position, f"  {rate['median'] / 1e6:,.1f} M   {ratio:,.1f} x", va="center", fontsize=8
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(1e5, 20 * max(row["tokens_per_second"]["max"] for row in rows))
+    axes.set_yticks(range(len(rows)), [f"{row['task']}, {row['way']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second, median round; times the notebook's speed")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['cpu']}; commit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}", fontsize=9)
+    figure.savefig(png, dpi=150)
+
+
+def main(argv: list[str]) -> None:
+    """Parse, measure, print the table and write the results."""
+    describe = "Time tokenising and the making of batches, here and as the seed notebook does it."
+    options = parse(InputConfig, argv, prog="benchmarks.input_pipeline", description=describe)
+    rows = benchmark(options)
+    print(markdown(rows))
+    if options.out:
+        lines, table, picture = (Path(f"{options.out}.{ending}") for ending in ("jsonl", "md", "png"))
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+        table.write_text(markdown(rows), encoding="utf-8")
+        plot(rows, picture)
+        print(f"wrote {lines}, {table}, {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))
