@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import machine, report
 from benchmarks.notebook import TextTokenDataset
 from recipe.cli import parse, run
-from recipe.config import require
+from recipe.config import DataConfig, require
 from recipe.corpus import load_documents
 from recipe.data import Dataset, encode_texts
 from recipe.presets import get_preset
@@ -60,9 +60,9 @@ class InputConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1; choose e.g. 2.")
 
 
-def _documents(options: InputConfig, data) -> list[str]:
+def _documents(options: InputConfig) -> list[str]:
     """The corpus in pieces of equal length."""
-    texts = load_documents(dataclasses.replace(data, corpus=options.corpus)).texts
+    texts = load_documents(DataConfig(corpus=options.corpus)).texts
     size = options.document_characters
     return [text[start : start + size] for text in texts for start in range(0, len(text), size)]
 
@@ -88,7 +88,7 @@ def _ways(options: InputConfig) -> dict[tuple[str, str], Callable[[], int]]:
     """(what, whose) -> a function that does it once and returns the number of tokens it made."""
     recipe = get_preset(options.preset)
     A, B, T = recipe.accumulation, recipe.batch_size, recipe.sequence_length
-    texts = _documents(options, recipe.data)
+    texts = _documents(options)
     tokenizer = train_bpe(texts, options.vocabulary)
     notebook_tokenise = _notebook_tokenise(tokenizer)
     tokens = encode_texts(tokenizer, texts)

@@ -251,7 +251,7 @@ class PrecisionConfig:
     torch."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: a third more work in the
-    blocks, and memory for one block instead of all."""
+    blocks for less memory. XLA's CPU backend undoes most of it (docs/performance.md)."""
 
     def __post_init__(self) -> None:
         require(
