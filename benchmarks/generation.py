@@ -4,10 +4,7 @@ One process per mode, each with the same fresh weights and prompts; the driver i
 it asks the workers in turn and reverses the order every round, so that noise and clock drift hit all alike.
 """
 
-import datetime
-import json
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +18,6 @@ from benchmarks.throughput import ROOT, Meter, Worker
 from recipe.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
 from recipe.params import param_counts
-from recipe.runlog import git_commit, installed_versions
 
 COLOURS = {
     "jax": "#0072b2",
@@ -170,13 +166,7 @@ def _measure(
     on_gpu = described[workers[0].mode]["environment"]["backend"] == "gpu"
     meter = Meter(cpus, guard=not on_gpu, strict=options.strict)
     baseline = BASELINE if BASELINE in options.mode_list else workers[0].mode
-    common = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.generation", *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "versions": installed_versions(),
-        "cpu": machine.cpu_name(),
-        "vector_extensions": machine.vector_extensions(),
+    common = report.circumstances("benchmarks.generation") | {
         "cores": len(cpus),
         "preset": options.preset,
         "dtype": options.dtype,
@@ -295,16 +285,7 @@ def main(argv: list[str]) -> None:
     """Parse, measure, print the tables and write the results."""
     describe = "Time greedy generation: JAX and torch with their caches, the whole sequence again, transformers."
     options = parse(GenerationConfig, argv, prog="benchmarks.generation", description=describe)
-    rows = benchmark(options)
-    print()
-    print(markdown(rows))
-    if options.out:
-        lines, table, picture = (Path(f"{options.out}.{ending}") for ending in ("jsonl", "md", "png"))
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-        table.write_text(markdown(rows), encoding="utf-8")
-        plot(rows, picture)
-        print(f"wrote {lines}, {table}, {picture}")
+    report.show(benchmark(options), options.out, table=markdown, bars=plot)
 
 
 if __name__ == "__main__":

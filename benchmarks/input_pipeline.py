@@ -5,9 +5,6 @@ whose order is reversed every round; torch stands in it for the notebook's DataL
 """
 
 import dataclasses
-import datetime
-import json
-import shlex
 import sys
 import tempfile
 import time
@@ -26,7 +23,6 @@ from recipe.config import DataConfig, require
 from recipe.corpus import load_documents
 from recipe.data import Dataset, encode_texts
 from recipe.presets import get_preset
-from recipe.runlog import git_commit, installed_versions
 from recipe.tokenizer import Tokenizer, train_bpe
 
 SHARE = 0.01
@@ -145,12 +141,7 @@ def benchmark(options: InputConfig) -> list[dict[str, Any]]:
                 rates[way].append(made / (time.perf_counter() - began))
         if not sys.stderr.isatty():
             print(f"round {index}/{options.rounds}", file=sys.stderr)
-    common = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.input_pipeline", *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "versions": installed_versions(),
-        "cpu": machine.cpu_name(),
+    common = report.circumstances("benchmarks.input_pipeline") | {
         "cores": len(machine.physical_cores()),
         "options": dataclasses.asdict(options),
         "tokens_per_update": recipe.accumulation * recipe.batch_size * recipe.sequence_length,
@@ -220,15 +211,7 @@ def main(argv: list[str]) -> None:
     """Parse, measure, print the table and write the results."""
     describe = "Time tokenising and the making of batches, here and as the seed notebook does it."
     options = parse(InputConfig, argv, prog="benchmarks.input_pipeline", description=describe)
-    rows = benchmark(options)
-    print(markdown(rows))
-    if options.out:
-        lines, table, picture = (Path(f"{options.out}.{ending}") for ending in ("jsonl", "md", "png"))
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-        table.write_text(markdown(rows), encoding="utf-8")
-        plot(rows, picture)
-        print(f"wrote {lines}, {table}, {picture}")
+    report.show(benchmark(options), options.out, table=markdown, bars=plot)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 `python -m benchmarks.report A.jsonl B.jsonl --out NAME` puts several results into one table and one picture.
 """
 
+import datetime
 import json
+import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.job import PARTS
 from recipe.cli import parse, run
 from recipe.config import require
+from recipe.runlog import git_commit, installed_versions
 
 COLOURS = {
     "jax": "#0072b2",
@@ -66,15 +70,43 @@ def check_free(out: str) -> None:
             raise FileExistsError(f"{path} exists, and results are never overwritten; choose another --out.")
 
 
-def write(rows: list[dict[str, Any]], out: str) -> list[Path]:
-    """Write OUT.jsonl, OUT.md, OUT.png and, of several shapes, OUT-scaling.png; returns their paths."""
+def circumstances(program: str) -> dict[str, Any]:
+    """When, how, from which commit, with which versions and on which CPU this process measures: a row's first keys."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "versions": installed_versions(),
+        "cpu": machine.cpu_name(),
+        "vector_extensions": machine.vector_extensions(),
+    }
+
+
+def write(
+    rows: list[dict[str, Any]],
+    out: str,
+    *,
+    table: Callable[[list[dict[str, Any]]], str],
+    bars: Callable[[list[dict[str, Any]], Path], None],
+    curves: Callable[[list[dict[str, Any]], Path], bool] | None = None,
+) -> list[Path]:
+    """Write OUT.jsonl, OUT.md, OUT.png and, if `curves` draws any, OUT-scaling.png; returns their paths."""
     check_free(out)
-    lines, table, bars, curves = _files(out)
+    lines, markdown_file, picture, scaling = _files(out)
     lines.parent.mkdir(parents=True, exist_ok=True)
     lines.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    table.write_text(markdown(rows), encoding="utf-8")
-    plot(rows, bars)
-    return [lines, table, bars, *([curves] if plot_scaling(rows, curves) else [])]
+    markdown_file.write_text(table(rows), encoding="utf-8")
+    bars(rows, picture)
+    drawn = curves is not None and curves(rows, scaling)
+    return [lines, markdown_file, picture, *([scaling] if drawn else [])]
+
+
+def show(rows: list[dict[str, Any]], out: str, **how) -> None:
+    """Print the tables and write the files, if `out` names any; `how` is for `write`."""
+    print()
+    print(how["table"](rows))
+    if out:
+        print("wrote " + ", ".join(map(str, write(rows, out, **how))))
 
 
 def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -268,8 +300,7 @@ def main() -> None:
     options = parse(ReportConfig, sys.argv[1:], prog="benchmarks.report", description=describe)
     rows = [json.loads(line) for name in options.results for line in Path(name).read_text().splitlines()]
     require(bool(rows), "the files given hold no rows; name the .jsonl files that benchmarks.throughput wrote.")
-    print(markdown(rows))
-    write(rows, options.out)
+    show(rows, options.out, table=markdown, bars=plot, curves=plot_scaling)
 
 
 if __name__ == "__main__":

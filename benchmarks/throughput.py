@@ -6,11 +6,9 @@ gives each the machine to itself, twice, the second time in reverse order.
 """
 
 import contextlib
-import datetime
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +21,6 @@ from typing import Any, Literal
 from benchmarks import job, machine, report
 from recipe.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
-from recipe.runlog import git_commit, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = {
@@ -470,13 +467,7 @@ class _Benchmark:
         require(not skipped, f"updates were skipped as not finite: {skipped}; times of left-out work mean nothing.")
         ceiling = max(one.ceiling for one in measured.values())
         flops, part_flops = job.flops_per_update(config), job.part_flops(config)
-        common = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]]),
-            "git_commit": git_commit(),
-            "versions": installed_versions(),
-            "cpu": machine.cpu_name(),
-            "vector_extensions": machine.vector_extensions(),
+        common = report.circumstances("benchmarks.throughput") | {
             "cores": len(self.cpus),
             "gpu_before": self.gpu_before,
             "gpu_after": machine.gpu_state(),
@@ -535,10 +526,7 @@ def main(argv: list[str]) -> None:
     describe = "Time training updates of JAX and torch side by side: same weights, batches and precision."
     options = parse(ThroughputConfig, argv, prog="benchmarks.throughput", description=describe)
     rows = throughput(options)
-    print()
-    print(report.markdown(rows))
-    if options.out:
-        print("wrote " + ", ".join(map(str, report.write(rows, options.out))))
+    report.show(rows, options.out, table=report.markdown, bars=report.plot, curves=report.plot_scaling)
 
 
 def command_line() -> int:

@@ -165,19 +165,20 @@ def attention(
         X, outputs = q_XGTH.shape[0], []
         # In pieces, whose gradients are pieces: that of a slice has zeros around it and would be added as a whole.
         edges = np.arange(QUERY_BLOCK, T, QUERY_BLOCK)
-        q_XGTH, k_XSH, v_XSH = jnp.split(q_XGTH, edges, 2), jnp.split(k_XSH, edges, 1), jnp.split(v_XSH, edges, 1)
+        q_blocks = jnp.split(q_XGTH, edges, axis=2)
+        k_blocks, v_blocks = jnp.split(k_XSH, edges, axis=1), jnp.split(v_XSH, edges, axis=1)
         for block, (start, stop, first) in enumerate(blocks):
             t, s = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
             visible = (s <= t) if window is None else (s <= t) & (s > t - window)
-            q_XQH = q_XGTH[block].reshape(X, -1, H)
+            q_XQH = q_blocks[block].reshape(X, -1, H)
             whole, part = divmod(first, QUERY_BLOCK)
-            k, v = (jnp.concatenate(x_XSH[whole : block + 1], axis=1)[:, part:] for x_XSH in (k_XSH, v_XSH))
-            scores_XQS = contract("xqh,xsh->xqs", q_XQH, k, accumulator(dtype)) / math.sqrt(H)
+            k_XSH, v_XSH = (jnp.concatenate(x[whole : block + 1], axis=1)[:, part:] for x in (k_blocks, v_blocks))
+            scores_XQS = contract("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)
             scores_XGTS = scores_XQS.reshape(X, G, stop - start, -1)
             probs_XGTS = jax.nn.softmax(jnp.where(visible, scores_XGTS, -jnp.inf), axis=-1).astype(dtype)
             if masks_XGTS:
                 probs_XGTS = drop(probs_XGTS, masks_XGTS[block], rate)
-            out_XQH = contract("xqs,xsh->xqh", probs_XGTS.reshape(scores_XQS.shape), v, dtype)
+            out_XQH = contract("xqs,xsh->xqh", probs_XGTS.reshape(scores_XQS.shape), v_XSH, dtype)
             outputs.append(out_XQH.reshape(X, G, -1, H))
         return jnp.concatenate(outputs, axis=2)
 

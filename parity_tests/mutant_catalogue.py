@@ -146,8 +146,8 @@ MUTANTS = (
     Mutant(
         "scores over sqrt(hidden) instead of sqrt(head_dim)",
         MODEL,
-        "q_XQH, k, accumulator(dtype)) / math.sqrt(H)",
-        "q_XQH, k, accumulator(dtype)) / math.sqrt(N * H)",
+        "q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)",
+        "q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(N * H)",
         LOGITS,
     ),
     Mutant(
