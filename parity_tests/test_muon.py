@@ -199,6 +199,13 @@ def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, 
     assert sorted(taken["jax"]) == sorted(taken["torch"])
 
 
+def test_batches_are_for_gpus(monkeypatch):
+    for backend, batches in (("cpu", False), ("gpu", True)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        device = torch.device("cuda" if backend == "gpu" else "cpu")
+        assert (jax_impl.muon.takes_batches(), torch_ref.muon.takes_batches(device)) == (batches, batches)
+
+
 def test_it_behaves_as_an_optax_transformation():
     grads = {"a": jnp.ones((4, 6)), "b": jnp.ones((3,))}
     transformation = optax.partition(
