@@ -2,7 +2,8 @@
 
 import sys
 
-from recipe.cli import parse_run_config, run
+from harness.cli import run
+from harness.commands.train import parse_run_config
 from recipe.config import require
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import job, machine, report
 from benchmarks.throughput import ROOT, Meter, Worker
-from recipe.cli import parse, run
+from harness.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
 from recipe.params import param_counts
 

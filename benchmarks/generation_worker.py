@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.job import fingerprint
-from recipe.checkpoint import to_hf_config
+from harness.folders import to_hf_config
 from recipe.config import RunConfig, from_dict
-from recipe.generation import SamplingOptions
 from recipe.params import init_params
+from recipe.sampling import SamplingOptions
 
 Prompts = list[list[int]]
 Steps = list[tuple[float, list[int]]]

@@ -19,9 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.cli import parse, run
+from harness.cli import parse, run
+from harness.plot import plot_runs
+from harness.runlog import read_metrics
+from harness.surroundings import git_commit
 from recipe.config import require
-from recipe.runlog import git_commit, plot_runs, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

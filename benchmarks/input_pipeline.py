@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, report
 from benchmarks.notebook import TextTokenDataset
-from recipe.cli import parse, run
+from harness.cli import parse, run
 from recipe.config import DataConfig, require
 from recipe.corpus import load_documents
 from recipe.data import Dataset, encode_texts

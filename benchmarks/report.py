@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.job import PARTS
-from recipe.cli import parse, run
+from harness.cli import parse, run
+from harness.surroundings import git_commit, installed_versions
 from recipe.config import require
-from recipe.runlog import git_commit, installed_versions
 
 COLOURS = {
     "jax": "#0072b2",

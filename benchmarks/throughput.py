@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import job, machine, report
-from recipe.cli import parse, run
+from harness.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks import notebook
 from benchmarks.worker import PROBE, Part, serve
-from recipe.checkpoint import to_hf_config
+from harness.folders import to_hf_config
 from recipe.config import RunConfig, require
 from recipe.params import param_specs
 from torch_ref import model as reference_model

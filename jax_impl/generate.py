@@ -18,8 +18,8 @@ from jax_impl import random
 from jax_impl.model import KVCache, Qwen3ForCausalLM, accumulator, contract_held
 from jax_impl.weights import Params, bind, flax_path, model_structure
 from recipe.config import ModelConfig, PrecisionConfig
-from recipe.generation import CHUNK, Batch, Generator, SamplingOptions, run_command
 from recipe.params import check_weights, param_specs
+from recipe.sampling import CHUNK, Batch, Generator, SamplingOptions
 
 Layers = list[tuple[jax.Array, jax.Array]]
 
@@ -179,4 +179,6 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
 
 if __name__ == "__main__":
+    from harness.commands.generate import run_command
+
     sys.exit(run_command("jax_impl.generate", make_generator))

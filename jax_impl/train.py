@@ -1,4 +1,4 @@
-"""Training in JAX: one update is one jitted function; the loop around it is `recipe/loop.py`.
+"""Training in JAX: one update is one jitted function; the loop around it is `harness/loop.py`.
 
 Twin: `torch_ref/train.py`.
 """
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from harness import loop
 from jax_impl import random
 from jax_impl.generate import make_generator
 from jax_impl.muon import clip_by_global_norm, muon_with_adamw
 from jax_impl.weights import Params, bind, from_hf, model_structure, optimizer_slots, restore_optimizer, to_hf
-from recipe import loop
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 
@@ -150,7 +150,7 @@ def _return_freed_memory() -> None:
 
 
 class Trainer:
-    """The JAX side of `recipe.loop.Trainer`."""
+    """The JAX side of `harness.loop.Trainer`."""
 
     def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         if config.precision.params == "float64":

@@ -5,8 +5,8 @@ Exit code 0: every tensor is within what rounding explains; 1: the first that is
 
 import sys
 
+from harness import cli
 from parity_tests.twins import TwinOptions, main
-from recipe import cli
 
 if __name__ == "__main__":
     description = "Compare jax_impl, torch_ref and transformers tensor by tensor."

@@ -14,9 +14,9 @@ from flax import nnx
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
+from harness import cli
 from parity_tests.compare import compare_modules
 from parity_tests.report import Report
-from recipe import cli
 
 FEATURES, HIDDEN = 24, 40
 

@@ -184,7 +184,7 @@ MUTANTS = (
     ),
     Mutant(
         "rope_theta lost on the way to config.json",
-        "recipe.checkpoint",
+        "harness.folders",
         '"rope_theta": config.rope_theta},',
         '"rope_theta": 10_000.0 * 1.5},',
         "tests/test_checkpoint.py::test_a_saved_folder_comes_back_bit_for_bit",
@@ -424,7 +424,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last prompt token is not seen",
-        "recipe.generation",
+        "recipe.sampling",
         "len(prompt) - 1 for",
         "len(prompt) - 2 for",
         GREEDY,
@@ -530,7 +530,7 @@ MUTANTS = (
     ),
     Mutant(
         "text of a stop string's beginning is shown",
-        "recipe.generation",
+        "harness.text",
         "certain, self.held = self.held[: len(self.held) - waiting], self.held[len(self.held) - waiting :]",
         'certain, self.held = self.held, ""',
         "tests/test_generation.py::test_a_stop_string_over_several_tokens_never_shows",
@@ -587,35 +587,35 @@ MUTANTS = (
     ),
     Mutant(
         "state rounded to float32",
-        "recipe.state",
+        "harness.state",
         "dtype = state.config.precision.params",
         'dtype = "float32"',
         SAME_TORCH,
     ),
     Mutant(
         "data position restarted",
-        "recipe.loop",
+        "harness.loop",
         "position, best = state.position, state.best",
         "position, best = 0, state.best",
         KILLED + "[5]",
     ),
     Mutant(
         "skipped batches used again",
-        "recipe.state",
+        "harness.state",
         "return self.updates + self.skipped",
         "return self.updates",
         KILLED + "[8]",
     ),
     Mutant(
         "best loss forgotten, so worse weights become best/",
-        "recipe.state",
+        "harness.state",
         "best=math.inf if best is None else best,",
         "best=math.inf,",
         KILLED + "[11]",
     ),
     Mutant(
         "state saved in place",
-        "recipe.checkpoint",
+        "harness.folders",
         '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
         "    shutil.rmtree(folder, ignore_errors=True)\n"
         '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
@@ -623,7 +623,7 @@ MUTANTS = (
     ),
     Mutant(
         "records of undone updates kept in the log",
-        "recipe.runlog",
+        "harness.runlog",
         '(record["step"] > step) == later',
         '(record["step"] > step + 99) == later',
         "tests/test_loop.py::test_what_a_resumed_run_makes_again_is_kept_aside",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from harness.cli import parse, run
 from parity_tests.mutant_catalogue import EQUIVALENT, MUTANTS, Mutant
-from recipe.cli import parse, run
 from recipe.config import require
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.surroundings import git_commit, installed_versions
 from parity_tests.contract import PrecisionContract
-from recipe.runlog import git_commit, installed_versions
 
 COLOURS = {
     "jax": "#1f77b4",

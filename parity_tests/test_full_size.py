@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from recipe.checkpoint import load_folder, to_hf_config
+from harness.folders import load_folder, to_hf_config
 from recipe.params import param_specs
 from recipe.presets import qwen3_0_6b
 
@@ -32,7 +32,7 @@ def peak():
     return 1024 * int(rows[0].split()[1])
 
 side, params, folder = sys.argv[1:]
-from recipe.checkpoint import load_folder
+from harness.folders import load_folder
 from recipe.config import PrecisionConfig
 if side == "jax":
     import jax

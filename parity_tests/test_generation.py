@@ -16,14 +16,14 @@ from transformers.generation import logits_process
 
 import jax_impl.generate
 import torch_ref.generate
+from harness.folders import to_hf_config
 from jax_impl import random as jax_random
 from jax_impl.weights import model_structure
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.sides import TorchModel, x64
 from parity_tests.tolerance import UNIT_ROUNDOFF, check
-from recipe.checkpoint import to_hf_config
-from recipe.generation import SamplingOptions
+from recipe.sampling import SamplingOptions
 from torch_ref import random as torch_random
 
 SIDES = {"jax": jax_impl.generate, "torch": torch_ref.generate}

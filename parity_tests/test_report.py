@@ -15,12 +15,12 @@ import pytest
 import jax_impl.model
 import jax_impl.muon
 import parity_tests.sides
+from harness.folders import save_folder
 from parity_tests import example, twins
 from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
 from parity_tests.compare import compare
 from parity_tests.contract import MUST_AGREE, process_contract, require_same
 from parity_tests.report import Report
-from recipe.checkpoint import save_folder
 from recipe.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,7 +254,7 @@ def test_a_weights_folder_is_compared(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(flags, message, capsys):
-    from recipe import cli
+    from harness import cli
 
     def run():
         return twins.main(cli.parse(twins.TwinOptions, flags, prog="parity_tests", description=""))

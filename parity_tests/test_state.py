@@ -10,11 +10,11 @@ import math
 import numpy as np
 import pytest
 
+from harness.state import TrainingState, load_state, save_state
 from parity_tests.cases import PRECISIONS, random_weights
 from parity_tests.sides import JaxTraining, TorchTraining
 from parity_tests.test_training import MODEL, compare, config, record, truth
 from parity_tests.tolerance import UNIT_ROUNDOFF
-from recipe.state import TrainingState, load_state, save_state
 
 SIDES = {"jax": JaxTraining, "torch": TorchTraining}
 POISONED = 2

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("parity_tests", "tests", "benchmarks", "recipe", "jax_impl", "torch_ref")
+FOLDERS = ("parity_tests", "tests", "benchmarks", "recipe", "harness", "jax_impl", "torch_ref")
 COMPARING = {
     *("allclose", "isclose", "assert_allclose", "approx", "assert_close", "assert_almost_equal"),
     *("assert_array_almost_equal", "assert_trees_all_close", "assertAlmostEqual"),

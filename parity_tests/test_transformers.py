@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from harness.folders import load_folder, save_folder
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification, rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, TorchModel
 from parity_tests.tolerance import UNIT_ROUNDOFF, check, check_all
-from recipe.checkpoint import load_folder, save_folder
 from recipe.config import ModelConfig
 from recipe.params import param_specs
 from torch_ref.model import rope_table

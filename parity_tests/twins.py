@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import torch_ref.muon
 import torch_ref.train
+from harness.folders import find_weights, load_folder, to_hf_config
 from parity_tests.cases import PRECISIONS, random_tokens, random_weights
 from parity_tests.compare import make_rows
 from parity_tests.contract import NOT_THERE, PrecisionContract, process_contract, require_same
@@ -33,7 +34,6 @@ from parity_tests.taps import (
     transformers_taps,
 )
 from parity_tests.tolerance import UNIT_ROUNDOFF
-from recipe.checkpoint import find_weights, load_folder, to_hf_config
 from recipe.config import ModelConfig, PrecisionConfig, RunConfig, require
 from recipe.params import param_specs
 from recipe.presets import get_preset

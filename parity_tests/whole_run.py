@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from harness import cli
+from harness.surroundings import git_commit, installed_versions
 from parity_tests.cases import AWKWARD, BFLOAT16, FLOAT32, FLOAT64, run_config
 from parity_tests.sides import Arrays, JaxTraining, TorchTraining
 from parity_tests.tolerance import relative_error
-from recipe import cli
 from recipe.config import AdamWConfig, MuonConfig, PrecisionConfig, RunConfig, require
 from recipe.params import init_params
-from recipe.runlog import git_commit, installed_versions
 
 MODEL = dataclasses.replace(AWKWARD, hidden_size=24, dropout=0.1)
 STEPS = 300

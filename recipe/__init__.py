@@ -1,1 +1,1 @@
-"""What both frameworks must agree on, written once, in NumPy: config, data order, initial weights, schedule, logs."""
+"""What both frameworks must agree on, written once, in NumPy: config, data order, initial weights, sampling."""

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from recipe.config import ModelConfig, require
-from recipe.tensors import shapes_of
 
 Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
@@ -71,6 +70,12 @@ def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
             weights[name] = generator.standard_normal(shape, np.float32) * np.float32(config.initializer_range)
     return weights
+
+
+def shapes_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
+    """Shape by name; a mapping that knows its `shapes`, as one of tensors on disk does, reads none for it."""
+    known = getattr(tensors, "shapes", None)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()} if known is None else known
 
 
 def shape_problems(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from recipe.chat import ChatTemplate
+from harness.chat import ChatTemplate
 from recipe.tokenizer import train_bpe
 
 # What real templates use: special tokens, loops with controls, whitespace control, JSON, namespaces, refusals.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from recipe import checkpoint, cli
-from recipe.checkpoint import find_weights, from_hf_config, load_folder, save_folder, to_hf_config
+from harness import cli, folders
+from harness.commands import checkpoint
+from harness.folders import find_weights, from_hf_config, load_folder, save_folder, to_hf_config
 from recipe.config import ModelConfig, UserError
 from recipe.params import init_params
 from recipe.tokenizer import load_tokenizer, train_bpe
@@ -139,7 +140,7 @@ def test_everything_wrong_with_shards_is_said_at_once(tmp_path):
 def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 10_000)
     weights = init_params(MODEL, seed=0)
     save_folder(tmp_path / "folder", MODEL, weights)
     files = sorted(path.name for path in (tmp_path / "folder").glob("*.safetensors"))

@@ -16,10 +16,11 @@ import pytest
 
 import train_jax
 import train_torch
-from recipe.checkpoint import to_hf_config
-from recipe.cli import parse, parse_run_config, run
+from harness.cli import parse, run
+from harness.commands.generate import GenerateCommand
+from harness.commands.train import parse_run_config
+from harness.folders import to_hf_config
 from recipe.config import ModelConfig, require, to_dict
-from recipe.generation import GenerateCommand
 from recipe.presets import PRESETS, get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,7 +261,7 @@ def test_help_shows_the_presets_defaults_at_once():
                 entry.main()
             except SystemExit as stop:
                 assert stop.code == 0
-        print("loaded", sorted({"jax", "flax", "torch", "transformers", "datasets", "numpy"} & set(sys.modules)))
+        print("loaded", sorted({"jax", "flax", "torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)))
     """
     command = [sys.executable, "-c", textwrap.dedent(program), "--preset", "seed", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -312,7 +313,7 @@ def test_a_missing_file_is_the_users_mistake(capsys, empty_folder):
 
 
 def test_output_that_nobody_reads_ends_the_command_in_one_line():
-    endless = "import itertools; from recipe.cli import run; exit(run(lambda: [print(n) for n in itertools.count()]))"
+    endless = "import itertools; from harness.cli import run; exit(run(lambda: [print(n) for n in itertools.count()]))"
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen([sys.executable, "-c", endless], **piped) as command:
         assert command.stdout.readline() == "0\n"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from parity_tests.tolerance import UNIT_ROUNDOFF, check
+from recipe.baselines import ngram_baselines
 from recipe.config import DataConfig, UserError
 from recipe.corpus import Documents, load_documents
-from recipe.data import ngram_baselines, prepare, split_documents
+from recipe.data import prepare, split_documents
 from recipe.tokenizer import load_tokenizer, train_bpe
 
 SHAPE = dict(accumulation=2, batch_size=3, sequence_length=5)

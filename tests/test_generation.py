@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from harness.text import TextStream, text_pieces
 from recipe.config import ModelConfig
-from recipe.generation import CHUNK, Generator, SamplingOptions, TextStream, make_batch, text_pieces
+from recipe.sampling import CHUNK, Generator, SamplingOptions, make_batch
 from recipe.tokenizer import train_bpe
 
 CONFIG = ModelConfig(vocab_size=400, max_position_embeddings=128)

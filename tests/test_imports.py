@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("recipe", "jax_impl", "torch_ref", "parity_tests", "benchmarks", "tests")
+PACKAGES = ("recipe", "harness", "jax_impl", "torch_ref", "parity_tests", "benchmarks", "tests")
 FILES = sorted(ROOT.glob("*.py")) + sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 TORCH = {"torch", "torchvision", "tensorboardX"}  # tensorboardX imports torch where it can
 HEAVY = {"transformers", "datasets"}  # transformers imports torch where it can; both are extras
 NEVER = {
-    "recipe": JAX | TORCH | {"jax_impl", "torch_ref", "parity_tests"},
+    "recipe": JAX | TORCH | {"harness", "jax_impl", "torch_ref", "parity_tests", "benchmarks"},
+    "harness": JAX | TORCH | {"jax_impl", "torch_ref", "parity_tests", "benchmarks"},
     "jax_impl": TORCH | HEAVY | {"torch_ref", "parity_tests"},
     "train_jax.py": TORCH | HEAVY | {"torch_ref", "parity_tests"},
     "torch_ref": JAX | HEAVY | {"jax_impl", "parity_tests"},
@@ -63,9 +64,40 @@ def at_import(tree: ast.Module) -> ast.Module:
 def breaches(tree: ast.Module, where: str) -> set[str]:
     """Modules that a file of this area imports and must not."""
     found = imports(tree) & NEVER.get(where, set())
-    if where == "recipe":
+    if where in ("recipe", "harness"):
         found |= imports(at_import(tree)) & HEAVY
     return found
+
+
+def dotted_imports(tree: ast.AST) -> set[str]:
+    """Dotted names of all modules imported anywhere in the tree; of `from a import b` both a and a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or nothing."""
+    done, path = set(), []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for other in sorted(graph[module] & set(graph)):
+            if found := visit(other):
+                return found
+        path.pop()
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := visit(module))), [])
 
 
 def unsafe(tree: ast.AST) -> list[str]:
@@ -82,12 +114,42 @@ def unsafe(tree: ast.AST) -> list[str]:
 
 def test_the_tree_was_found():
     areas = {area(file) for file in FILES}
-    assert {"recipe", "jax_impl", "torch_ref", "train_jax.py", "train_torch.py", "tests"} <= areas
+    assert {"recipe", "harness", "jax_impl", "torch_ref", "train_jax.py", "train_torch.py", "tests"} <= areas
 
 
 @pytest.mark.parametrize("file", FILES, ids=label)
 def test_no_file_imports_the_other_half(file):
     assert breaches(ast.parse(file.read_text(encoding="utf-8")), area(file)) == set()
+
+
+@pytest.mark.parametrize("package", ["recipe", "harness", "jax_impl", "torch_ref"])
+def test_no_circle_of_imports(package):
+    files = [file for file in FILES if area(file) == package]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    graph = {name: dotted_imports(tree) - {name, package} for name, tree in zip(names, trees, strict=True)}
+    assert len(graph) > 5 and circle(graph) == []
+
+
+def test_the_circle_check_can_fail():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if area(f) in ("recipe", "harness")], ids=label)
+def test_nothing_of_ours_is_imported_inside_a_function(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    inside = dotted_imports(tree) - dotted_imports(at_import(tree))
+    assert not {name for name in inside if name.partition(".")[0] in PACKAGES}
+
+
+def test_only_entries_import_a_command():
+    importers = set()
+    for file in FILES:
+        if area(file) in ("tests", "parity_tests") or "commands" in file.parts:
+            continue
+        if any(name.startswith("harness.commands.") for name in dotted_imports(ast.parse(file.read_text("utf-8")))):
+            importers.add(label(file))
+    assert importers == {"train_jax.py", "train_torch.py", "jax_impl/generate.py", "torch_ref/generate.py"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=label)

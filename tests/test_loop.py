@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recipe.state
-from recipe import loop
-from recipe.checkpoint import load_folder
+import harness.state
+from harness import loop
+from harness.folders import load_folder
+from harness.runlog import read_metrics
+from harness.state import load_state
 from recipe.config import DataConfig, ModelConfig, RunConfig, UserError
 from recipe.params import slot_shapes
-from recipe.runlog import read_metrics
-from recipe.state import load_state
 
 STEPS = 12
 SKIPPED = 3
@@ -56,7 +56,7 @@ class Toy:
     def slots(self):
         return {
             slot: {name.removeprefix(slot + "."): a for name, a in self._slots.items() if name.startswith(slot + ".")}
-            for slot in recipe.state.SLOTS
+            for slot in harness.state.SLOTS
         }
 
     def counts(self):
@@ -137,7 +137,7 @@ def assert_same_runs(a: str, b: str) -> None:
     assert (first.updates, first.skipped, first.best) == (second.updates, second.skipped, second.best)
     for name, weight in first.weights.items():
         np.testing.assert_array_equal(weight, second.weights[name], err_msg=name)
-    for slot in recipe.state.SLOTS:
+    for slot in harness.state.SLOTS:
         assert first.slots[slot].keys() == second.slots[slot].keys() != set()
         for name, array in first.slots[slot].items():
             np.testing.assert_array_equal(array, second.slots[slot][name], err_msg=f"{slot} {name}")
@@ -229,7 +229,7 @@ def test_a_second_signal_acts_at_once(config):
 @pytest.mark.parametrize("write", ["write_tensors", "write_json"])
 def test_a_run_killed_while_saving_goes_on_from_the_state_before(write, config, tmp_path, monkeypatch):
     train(elsewhere(config, tmp_path))
-    original = getattr(recipe.state, write)
+    original = getattr(harness.state, write)
 
     def die(file, *args):
         if len(list(Path(config.out).glob("last"))) == 1:
@@ -237,7 +237,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_state_before(write, config, 
         return original(file, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(recipe.state, write, die)
+        patch.setattr(harness.state, write, die)
         train(config)
     assert load_state(Path(config.out) / "last").position == 3
     train(resumed(config))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from harness.loop import _traced
 from recipe.config import PROFILE_AFTER, RunConfig
-from recipe.loop import _traced
 
 
 class RecordingTrainer:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from recipe import runlog
+from harness import surroundings
+from harness.events import EventFile, masked_crc32c
+from harness.plot import plot_runs
+from harness.runlog import RunLog, read_metrics, step_line, validation_line
 from recipe.config import from_dict
-from recipe.events import EventFile, masked_crc32c
 from recipe.presets import get_preset
-from recipe.runlog import RunLog, plot_runs, read_metrics, step_line, validation_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(get_preset("tiny"), steps=30, log_every=5)
@@ -149,18 +150,18 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_the_commit_is_recorded_with_dirty_files(tmp_path, monkeypatch):
-    module = tmp_path / "recipe" / "runlog.py"
+    module = tmp_path / "harness" / "surroundings.py"
     module.parent.mkdir()
     module.write_text("")
-    monkeypatch.setattr(runlog, "__file__", str(module))
-    assert runlog.git_commit() is None
+    monkeypatch.setattr(surroundings, "__file__", str(module))
+    assert surroundings.git_commit() is None
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert runlog.git_commit() == commit
+    assert surroundings.git_commit() == commit
     module.write_text("changed")
-    assert runlog.git_commit() == commit + "-dirty"
+    assert surroundings.git_commit() == commit + "-dirty"
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -210,9 +211,9 @@ def test_logging_loads_no_framework(tmp_path):
     """TensorBoard writers import torch where it is installed; a JAX run must not, nor wait for matplotlib."""
     program = f"""
         import sys
-        import recipe.runlog
+        import harness.runlog
         from recipe.presets import get_preset
-        log = recipe.runlog.RunLog({str(tmp_path / "run")!r}, get_preset("tiny"), framework="jax", environment={{}})
+        log = harness.runlog.RunLog({str(tmp_path / "run")!r}, get_preset("tiny"), framework="jax", environment={{}})
         log.log_step(step=1, loss=1.0, grad_norm=1.0, lr=1.0, skipped=0, seconds=1.0, tokens=1)
         log.close()
         print("loaded", sorted({{"jax", "torch", "transformers", "tensorboardX", "matplotlib"}} & set(sys.modules)))
@@ -271,7 +272,7 @@ def test_the_plot_has_a_command_line(tmp_path):
     write_run(tmp_path / "mine")
 
     def command(*arguments):
-        line = [sys.executable, "-m", "recipe.runlog", *map(str, arguments)]
+        line = [sys.executable, "-m", "harness.commands.plot", *map(str, arguments)]
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
         return done.returncode, done.stderr
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from recipe import checkpoint, cli
+from harness import cli
+from harness.commands import checkpoint
+from harness.state import SLOTS, TrainingState, load_state, save_state
 from recipe.config import MuonConfig, PrecisionConfig, RunConfig, UserError
 from recipe.params import init_params, slot_shapes
-from recipe.state import SLOTS, TrainingState, load_state, save_state
 from tests.test_checkpoint import MODEL
 
 CONFIG = RunConfig(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from recipe import tensors
+from harness import tensors
+from harness.tensors import StoredTensors, read_header, write_tensors
 from recipe.config import UserError
-from recipe.tensors import StoredTensors, read_header, shapes_of, write_tensors
+from recipe.params import shapes_of
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {

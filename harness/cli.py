@@ -12,87 +12,18 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from recipe.config import RunConfig, UserError, require
-from recipe.presets import PRESETS, get_preset
+from recipe.config import UserError, require
 
 T = TypeVar("T")
 
 USERS_MISTAKES = (
     *(UserError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
 )
-
-FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
-
-FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "data.cache_dir")
-"""Fields that a resumed run may change: none of them moves a weight."""
-
-
-def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
-    """The run that `argv` asks for: a preset (or the run to resume), flags over it, then a run folder that is free.
-
-    `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
-    line for any mistake, and touches nothing.
-    """
-    resumed, init = _last_value(argv, "--resume"), _last_value(argv, "--init")
-    if resumed:
-        default, source = _resumed_config(resumed), f"of the run in {resumed}"
-    else:
-        default = get_preset(_last_value(argv, "--preset") or "tiny")
-        source = f"those of --preset {default.preset}"
-        if init:
-            default, source = _fine_tuning_config(default, init), f"{source} and of the weights in {init}"
-    config = parse(
-        RunConfig,
-        argv,
-        default=default,
-        prog=f"train_{framework}.py",
-        description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
-        f"The defaults below are {source}.",
-    )
-    if resumed:
-        _check_same_run(config, default)
-        return config
-    return dataclasses.replace(config, out=str(_run_folder(config, framework)))
-
-
-def _resumed_config(run: str) -> RunConfig:
-    """The configuration of the run to go on with, as this folder's."""
-    from recipe.state import find_state, read_run  # NumPy, which --help does not need
-
-    return dataclasses.replace(read_run(find_state(Path(run)))[1], out=run, resume=run)
-
-
-def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
-    """Raise `UserError` naming every field that would make another run of the one to go on with."""
-    old = {name: value for name, _, value in _leaves(RunConfig, begun)}
-    new = {name: value for name, _, value in _leaves(RunConfig, config)}
-    differing = [name for name in old if new[name] != old[name] and name not in FREE_ON_RESUME]
-    reason = (
-        "; the learning-rate schedule spans all steps, so other --steps are another run" if "steps" in differing else ""
-    )
-    listed = ", ".join(f"{name}={new[name]} (begun with {old[name]})" for name in differing)
-    require(
-        not differing,
-        f"--resume {config.resume} cannot change {listed}{reason}; leave it out, or begin a new run with "
-        f"--init {Path(begun.out) / 'last'}.",
-    )
-
-
-def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
-    """The preset with the model of the weights to begin with, and their tokenizer if they bring one."""
-    from recipe.checkpoint import load_config  # NumPy, which --help does not need
-
-    model = dataclasses.replace(load_config(Path(init)), dropout=preset.model.dropout)
-    brings = (Path(init) / "tokenizer.json").is_file()
-    data = dataclasses.replace(preset.data, tokenizer=init if brings else preset.data.tokenizer)
-    length = min(preset.sequence_length, model.max_position_embeddings)
-    return dataclasses.replace(preset, model=model, data=data, sequence_length=length)
 
 
 def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
@@ -139,58 +70,22 @@ def run(main: Callable[[], int | None]) -> int:
         return 2
 
 
-def _run_folder(config: RunConfig, framework: str) -> Path:
-    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ..."""
-    if not config.out:
-        return _first_free(Path("runs") / f"{config.preset}-{framework}")
-    out = Path(config.out)
-    if _is_taken(out):
-        other = _first_free(out if out.name.strip(".") else Path("runs") / "new")
-        what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
-        raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
-    for parent in out.parents:
-        if parent.exists():
-            require(parent.is_dir(), f"--out {out} lies under {parent}, which is a file; choose a folder's path.")
-            break
-    return out
-
-
-def _first_free(folder: Path) -> Path:
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not _is_taken(path))
-
-
-def _is_taken(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-def _last_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value that `flag` has on the command line, the last one if it stands there twice."""
-    value = None
-    for index, argument in enumerate(argv):
-        if argument.startswith(flag + "="):
-            value = argument.partition("=")[2]
-        elif argument == flag and index + 1 < len(argv):
-            value = argv[index + 1]
-    return value
-
-
-def _leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field name, type, default or MISSING) of every field that is not itself a dataclass."""
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         value = getattr(default, field.name, field.default)
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, value, f"{prefix}{field.name}.")
+            yield from leaves(hint, value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, hint, value
 
 
 def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
     """Raise `UserError` for an unknown flag, a missing value, or one that is not of its field's type."""
-    leaves = {name: (hint, value) for name, hint, value in _leaves(kind, default)}
-    takes_positional = any(_marked(hint, tyro.conf.Positional) for hint, _ in leaves.values())
+    known = {name: (hint, value) for name, hint, value in leaves(kind, default)}
+    takes_positional = any(_marked(hint, tyro.conf.Positional) for hint, _ in known.values())
     index, given = 0, set()
     while index < len(argv):
         argument = argv[index]
@@ -200,8 +95,8 @@ def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
             continue
         flag, has_value, text = argument.partition("=")
         name = flag[2:].replace("-", "_")
-        require(name in leaves, f"{flag} is unknown; did you mean {_nearest_flags(name, leaves)}? --help lists all.")
-        hint, value = leaves[name]
+        require(name in known, f"{flag} is unknown; did you mean {_nearest_flags(name, known)}? --help lists all.")
+        hint, value = known[name]
         given.add(name)
         if _marked(hint, tyro.conf.UseAppendAction):
             hint, value = get_args(get_args(hint)[0])[0], ""  # one element each time it stands there
@@ -216,7 +111,7 @@ def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
             text = argv[index]
             index += 1
         require(_parses(text, hint), f"{flag} {text} is not {_expected(hint)}; choose one{example}.")
-    for name, (hint, value) in leaves.items():
+    for name, (hint, value) in known.items():
         if value is dataclasses.MISSING and name not in given and get_origin(hint) is not Annotated:
             raise UserError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
 

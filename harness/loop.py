@@ -16,12 +16,15 @@ from typing import Protocol
 
 import numpy as np
 
-from recipe.checkpoint import load_folder, save_folder, to_hf_config
+from harness.folders import load_folder, save_folder, to_hf_config
+from harness.plot import plot_runs
+from harness.runlog import RunLog
+from harness.state import TrainingState, clear_scratch, find_state, load_state, save_state
+from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, RunConfig, require, to_dict
-from recipe.data import Dataset, ngram_baselines, prepare
+from recipe.data import Dataset, prepare
 from recipe.params import init_params, param_counts
-from recipe.runlog import RunLog, plot_runs
-from recipe.state import TrainingState, clear_scratch, find_state, load_state, save_state
+from recipe.sampling import SamplingOptions
 
 # Plain lines and bars show a record at least this often, however long a step takes.
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -246,8 +249,6 @@ def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterat
 
 def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path) -> list[str]:
     """Write samples.txt, one text per prompt, and return its lines."""
-    from recipe.generation import SamplingOptions
-
     if config.sample_tokens == 0:
         return []
     texts = []

@@ -1,0 +1,1 @@
+"""Command lines: the top floor of the harness, which only the entries import."""

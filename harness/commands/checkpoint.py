@@ -1,0 +1,105 @@
+"""`python -m harness.commands.checkpoint`: `inspect FOLDER` says what a folder holds, `export FOLDER OUT` writes it in
+another dtype."""
+
+import dataclasses
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from harness import cli
+from harness.folders import find_weights, load_folder, read_json, replacing, write_json, write_weights
+from harness.state import load_state, read_run
+from harness.tensors import StoredTensors
+from recipe.config import Dtype, UserError, require
+from recipe.params import param_counts
+
+
+@dataclass(frozen=True)
+class InspectCommand:
+    """Which folder to describe."""
+
+    folder: tyro.conf.Positional[str]
+    """Weights folder, training state, or run folder."""
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """What to write where."""
+
+    folder: tyro.conf.Positional[str]
+    """Weights folder, or run folder (its best weights are taken)."""
+    out: tyro.conf.Positional[str]
+    """Folder to write; it must not exist."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of the weights written."""
+
+
+def inspect(folder: Path) -> list[str]:
+    """Lines that say what a folder holds: model, parameters, files, and of a state also steps, slots and norms."""
+    config, weights = load_folder(folder)
+    counts, entries = param_counts(config), weights.entries.values()
+    files, dtypes = {entry.file for entry in entries}, {entry.dtype for entry in entries}
+    fields = [f"{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]
+    lines = [
+        f"folder     {folder}",
+        "model      " + ", ".join(fields),
+        f"parameters {counts.total:,} ({counts.muon:,} of Muon's, {counts.adamw:,} of AdamW's)",
+        f"weights    {_summary(weights)}, {', '.join(sorted(dtypes))}, {weights.nbytes:,} bytes, {len(files)} file(s)",
+    ]
+    if (folder / "run.json").is_file():
+        state, (values, _) = load_state(folder), read_run(folder)
+        counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"
+        written = f"by {values['framework']} at {values['saved']}"
+        lines.append(f"state      {counted}, best validation loss {state.best:.4f}, {written}")
+        lines += [f"{slot:<10} {_summary(arrays)}" for slot, arrays in state.slots.items()]
+    return lines
+
+
+def _summary(tensors: StoredTensors) -> str:
+    norms = {name: float(np.linalg.norm(tensor.astype(np.float64))) for name, tensor in tensors.items()}
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    return f"{len(norms)} tensors of norm {math.hypot(*norms.values()):.6g}" + (
+        f", NOT FINITE: {', '.join(bad)}" if bad else ""
+    )
+
+
+def export(folder: Path, out: Path, dtype: Dtype) -> None:
+    """The folder again with its weights in `dtype`, one by one; its tokenizer and the rest of config.json stay."""
+    require(not out.exists(), f"{out} exists already; choose a new folder.")
+    _, weights = load_folder(folder)
+    with replacing(out) as scratch:
+        write_weights(scratch, weights, dtype)
+        write_json(scratch / "config.json", read_json(folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype})
+        for file in folder.iterdir():
+            ours = file.name in ("config.json", "run.json", "model.safetensors.index.json")
+            if file.suffix in (".json", ".txt", ".jinja", ".model") and not ours:
+                shutil.copy(file, scratch)
+
+
+def main() -> None:
+    """`python -m harness.commands.checkpoint inspect FOLDER` or `export FOLDER OUT [--dtype DTYPE]`."""
+    name, *arguments = sys.argv[1:] or [""]
+    prog = "python -m harness.commands.checkpoint"
+    if name == "inspect":
+        command = cli.parse(InspectCommand, arguments, prog=f"{prog} inspect", description="Say what a folder holds.")
+        folder = Path(command.folder)
+        inside = [part for part in (folder / "best", folder / "last") if (part / "config.json").is_file()]
+        for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
+            print("\n".join(inspect(part)))
+    elif name == "export":
+        command = cli.parse(
+            ExportCommand, arguments, prog=f"{prog} export", description="Write weights in another dtype."
+        )
+        export(find_weights(command.folder), Path(command.out), command.dtype)
+        print(command.out)
+    else:
+        raise UserError(f"{name or 'no command'} is not a command; use: {prog} inspect FOLDER, or export FOLDER OUT.")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,140 @@
+"""`python -m jax_impl.generate` and `python -m torch_ref.generate`: their flags, and what they print."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from harness import cli, web
+from harness.chat import ChatTemplate
+from harness.folders import find_weights, load_folder
+from harness.text import text_pieces
+from recipe.config import PrecisionConfig, UserError, require
+from recipe.sampling import Generator, SamplingOptions, make_batch
+from recipe.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Generate text from a checkpoint."""
+
+    checkpoint: str
+    """Run folder (its best weights are taken) or Hugging Face weights folder with a tokenizer.json."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue, may be repeated; without it you are asked for one after another."""
+    max_new_tokens: int = 100
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the largest (greedy)."""
+    top_k: int = 0
+    """Keep the k largest logits; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities reach p; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as probable as the most probable one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that occur in prompt or new text; 1 does nothing."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """String that ends the text, which is cut before it; may be repeated."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    interactive: bool = False
+    """Ask for one prompt after another until an empty line."""
+    chat: bool = False
+    """Talk: each line is a turn of the user's, and the model's chat template joins all turns into the prompt."""
+    web: bool = False
+    """Serve a web page on this machine instead, for text or, with --chat, for a talk."""
+    port: int = 7860
+    """The page's port."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 65536, f"port={self.port} must lie in 1 ... 65535; choose e.g. 7860.")
+
+
+def run_command(module: str, make_generator: Callable[..., Generator]) -> int:
+    """`python -m MODULE --checkpoint ... --prompt ...`: returns the exit code.
+
+    `make_generator(config, precision, weights)` returns a framework's `Generator`.
+    """
+
+    def main() -> None:
+        command = cli.parse(
+            GenerateCommand, sys.argv[1:], prog=f"python -m {module}", description="Generate text from a checkpoint."
+        )
+        generate_text(command, make_generator)
+
+    return cli.run(main)
+
+
+def generate_text(command: GenerateCommand, make_generator: Callable[..., Generator]) -> None:
+    """Print the continuations of the prompts, or of each prompt typed in, or answer turn by turn."""
+    folder = find_weights(command.checkpoint)
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(folder) if command.chat else None
+    config, weights = load_folder(folder)
+    require(
+        tokenizer.vocab_size <= config.vocab_size,
+        f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size} rows; "
+        "use the tokenizer.json the weights came with.",
+    )
+    shared = {field.name for field in dataclasses.fields(SamplingOptions)} & set(vars(command))
+    options = SamplingOptions(**{name: getattr(command, name) for name in shared}, stop_ids=(tokenizer.eos_id,))
+    require(
+        template is None or (options.samples == 1 and not command.prompt),
+        "--chat has one answer to each line typed in; leave out --samples and --prompt.",
+    )
+    generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
+    if command.web:
+        require(
+            not command.prompt and options.samples == 1,
+            "--web takes its prompts from the page, one text each; leave out --prompt and --samples.",
+        )
+        render = template.render if template else None
+        web.serve(generate, tokenizer, options, render=render, title=command.checkpoint, port=command.port)
+        return
+    messages: list[dict[str, str]] = []
+
+    def continue_texts(prompts: Sequence[str]) -> None:
+        tokens = [tokenizer.encode(prompt) for prompt in prompts]
+        make_batch(config, tokens, options)  # A prompt that does not fit must fail before anything is printed.
+        texts = [prompt for prompt in prompts for _ in range(options.samples)]
+        if len(texts) == 1:
+            print(texts[0], end="", flush=True)
+        for row, piece in text_pieces(generate, tokenizer, tokens, options):
+            texts[row] += piece
+            if len(texts) == 1:
+                print(piece, end="", flush=True)
+        print("" if len(texts) == 1 else "\n---\n".join(texts))
+
+    def answer(turn: str) -> None:
+        asked = [*messages, {"role": "user", "content": turn}]
+        text = ""
+        for _, piece in text_pieces(generate, tokenizer, [tokenizer.encode(template.render(asked))], options):
+            print(piece, end="", flush=True)
+            text += piece
+        print()
+        messages[:] = [*asked, {"role": "assistant", "content": text}]
+
+    if command.prompt and not command.interactive:
+        continue_texts(command.prompt)
+        return
+    while line := _ask("prompt" if template is None else "you"):
+        try:
+            continue_texts([line]) if template is None else answer(line)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _ask(what: str) -> str:
+    """The next line typed, or piped in; empty at the end."""
+    try:
+        return input(f"{what} (empty line ends) > " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""

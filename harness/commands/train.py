@@ -1,0 +1,112 @@
+"""What a training command line asks for: a preset, a run to resume or weights to begin with, and flags over it."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.cli import leaves, parse
+from harness.folders import load_config
+from harness.state import find_state, read_run
+from recipe.config import RunConfig, require
+from recipe.presets import PRESETS, get_preset
+
+FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
+
+
+FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "data.cache_dir")
+"""Fields that a resumed run may change: none of them moves a weight."""
+
+
+def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
+    """The run that `argv` asks for: a preset (or the run to resume), flags over it, then a run folder that is free.
+
+    `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
+    line for any mistake, and touches nothing.
+    """
+    resumed, init = _last_value(argv, "--resume"), _last_value(argv, "--init")
+    if resumed:
+        default, source = _resumed_config(resumed), f"of the run in {resumed}"
+    else:
+        default = get_preset(_last_value(argv, "--preset") or "tiny")
+        source = f"those of --preset {default.preset}"
+        if init:
+            default, source = _fine_tuning_config(default, init), f"{source} and of the weights in {init}"
+    config = parse(
+        RunConfig,
+        argv,
+        default=default,
+        prog=f"train_{framework}.py",
+        description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
+        f"The defaults below are {source}.",
+    )
+    if resumed:
+        _check_same_run(config, default)
+        return config
+    return dataclasses.replace(config, out=str(_run_folder(config, framework)))
+
+
+def _resumed_config(run: str) -> RunConfig:
+    """The configuration of the run to go on with, as this folder's."""
+    return dataclasses.replace(read_run(find_state(Path(run)))[1], out=run, resume=run)
+
+
+def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
+    """Raise `UserError` naming every field that would make another run of the one to go on with."""
+    old = {name: value for name, _, value in leaves(RunConfig, begun)}
+    new = {name: value for name, _, value in leaves(RunConfig, config)}
+    differing = [name for name in old if new[name] != old[name] and name not in FREE_ON_RESUME]
+    reason = (
+        "; the learning-rate schedule spans all steps, so other --steps are another run" if "steps" in differing else ""
+    )
+    listed = ", ".join(f"{name}={new[name]} (begun with {old[name]})" for name in differing)
+    require(
+        not differing,
+        f"--resume {config.resume} cannot change {listed}{reason}; leave it out, or begin a new run with "
+        f"--init {Path(begun.out) / 'last'}.",
+    )
+
+
+def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
+    """The preset with the model of the weights to begin with, and their tokenizer if they bring one."""
+    model = dataclasses.replace(load_config(Path(init)), dropout=preset.model.dropout)
+    brings = (Path(init) / "tokenizer.json").is_file()
+    data = dataclasses.replace(preset.data, tokenizer=init if brings else preset.data.tokenizer)
+    length = min(preset.sequence_length, model.max_position_embeddings)
+    return dataclasses.replace(preset, model=model, data=data, sequence_length=length)
+
+
+def _run_folder(config: RunConfig, framework: str) -> Path:
+    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ..."""
+    if not config.out:
+        return _first_free(Path("runs") / f"{config.preset}-{framework}")
+    out = Path(config.out)
+    if _is_taken(out):
+        other = _first_free(out if out.name.strip(".") else Path("runs") / "new")
+        what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
+        raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
+    for parent in out.parents:
+        if parent.exists():
+            require(parent.is_dir(), f"--out {out} lies under {parent}, which is a file; choose a folder's path.")
+            break
+    return out
+
+
+def _first_free(folder: Path) -> Path:
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not _is_taken(path))
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value that `flag` has on the command line, the last one if it stands there twice."""
+    value = None
+    for index, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+        elif argument == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+    return value

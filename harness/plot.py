@@ -1,0 +1,80 @@
+"""The picture of one run or of several: losses, accuracy, perplexity against the step."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from harness.runlog import read_metrics
+from recipe.config import require
+
+
+def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:
+    """Draw training and validation loss, accuracy and perplexity of runs against the step.
+
+    `baselines` maps a name to nats per token; left out, the runs' own recorded ones are drawn. Later runs are dashed,
+    so that two equal curves both show.
+    """
+    from matplotlib.figure import Figure  # half a second; and Figure alone needs no display and no global backend
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+    runs = [(label, read_metrics(folder)) for label, folder in zip(_labels(folders), folders, strict=True)]
+    for label, records in runs:
+        require(
+            any(r["kind"] == "train" for r in records), f"run {label} has no training record yet; wait for its first."
+        )
+    if baselines is None:
+        baselines = {}
+        for _, records in runs:
+            for record in records:
+                if record["kind"] == "baselines":
+                    baselines |= {name: v for name, v in record.items() if name not in ("kind", "step")}
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
+    loss_axes = figure.add_subplot(grid[:, 0])
+    accuracy_axes = figure.add_subplot(grid[0, 1])
+    perplexity_axes = figure.add_subplot(grid[1, 1])
+    for index, (label, records) in enumerate(runs):
+        style = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        # the last run is drawn on top; thinner marks leave the earlier ones visible where curves coincide
+        marks = style | {"marker": "osD^"[index % 4], "markersize": 6 if index == 0 else 4}
+        loss_axes.plot(*_series(records, "train", "loss"), **style, alpha=0.45, linewidth=1, label=f"{label}: train")
+        loss_axes.plot(*_series(records, "validation", "loss"), **marks, label=f"{label}: validation")
+        accuracy_axes.plot(*_series(records, "validation", "accuracy"), **marks)
+        perplexity_axes.plot(*_series(records, "validation", "perplexity"), **marks)
+    for number, (name, nats) in enumerate(sorted(baselines.items(), key=lambda item: -item[1])):
+        color = ("0.6", "0.4", "0.2")[number % 3]
+        loss_axes.axhline(nats, color=color, linestyle=":", linewidth=1.2, label=f"{name}: {nats:.2f}")
+
+    loss_axes.set(ylabel="loss (nats per token)", title="Loss")
+    accuracy_axes.set(title="Validation accuracy")
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    perplexity_axes.set(title="Validation perplexity", yscale="log")
+    perplexity_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    perplexity_axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    perplexity_axes.yaxis.set_minor_locator(NullLocator())
+    for axes in figure.axes:
+        axes.set_xlabel("step (optimizer updates)")
+        axes.grid(alpha=0.3)
+    loss_axes.legend(loc="upper right", framealpha=0.9, fontsize="small")
+    figure.savefig(out_png, dpi=150)
+
+
+def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
+    rows = [record for record in records if record["kind"] == kind]
+    return [row["step"] for row in rows], [math.nan if row[name] is None else row[name] for row in rows]
+
+
+def _labels(folders: list[str | Path]) -> list[str]:
+    """A run's label: the folder's name and its framework; whole paths if two folders have one name."""
+    paths = [Path(folder) for folder in folders]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    frameworks = []
+    for path in paths:
+        if not (path / "run.json").is_file():
+            raise FileNotFoundError(f"{path / 'run.json'} does not exist; give a run folder.")
+        frameworks.append(json.loads((path / "run.json").read_text(encoding="utf-8"))["framework"])
+    return [f"{name} ({framework})" for name, framework in zip(names, frameworks, strict=True)]
