@@ -98,7 +98,12 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
     lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
     lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    lines.append("device     " + ", ".join(f"{name} {value}" for name, value in environment.items()))
+    shown = {
+        name: value for name, value in environment.items() if name not in ("machine", "attention", "why_not_fused")
+    }
+    lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    if config.precision.attention == "fused" and environment.get("attention") == "explicit":
+        lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
     lines.append(f"folder     {config.out}")
     return lines
 

@@ -6,7 +6,7 @@ token per row. Twin: `torch_ref/generate.py`.
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,8 +15,11 @@ import numpy as np
 from flax import nnx
 
 from jax_impl import random
-from jax_impl.model import KVCache, Qwen3ForCausalLM, accumulator, contract_held
-from jax_impl.weights import Params, bind, flax_path, model_structure
+from jax_impl.backend import machine
+from jax_impl.cache import KVCache
+from jax_impl.model import Linear, Qwen3ForCausalLM
+from jax_impl.products import accumulator, product_held
+from jax_impl.weights import Params, bind
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
 from recipe.sampling import CHUNK, Batch, Generator, SamplingOptions
@@ -71,33 +74,49 @@ def sample_token(
     return jnp.argmax(logits_V + random.gumbel(key, logits_V.shape))
 
 
-def held_dtype(precision: PrecisionConfig) -> jnp.dtype:
-    """The dtype in which weights and cache wait for the next step: the compute dtype, or on a CPU at least float32.
+class HeldLinear(Linear):
+    """`Linear` as generation keeps it: weight_OI, torch's layout, rounded to the compute dtype once and for all."""
 
-    The values are those of the compute dtype either way. XLA's CPU backend has no fast product of a bfloat16 matrix and
-    a vector: 40 times slower than in float32 on a machine without bfloat16 units.
-    """
+    def __init__(self, linear: Linear) -> None:
+        self.weight, self.bias = nnx.Param(linear.kernel[...].T), linear.bias
+
+    def multiply(self, x_MI: jax.Array) -> jax.Array:
+        return product_held(self.weight[...], x_MI, x_MI.dtype)
+
+
+def held_dtype(precision: PrecisionConfig) -> jnp.dtype:
+    """The dtype in which weights and cache wait for the next step; their values are those of the compute dtype."""
     compute = jnp.dtype(precision.compute)
-    return accumulator(compute) if jax.default_backend() == "cpu" else compute
+    return accumulator(compute) if machine().holds_wide else compute
 
 
 def held_params(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
-    """Parameters by Flax path for `Linear.held`; matrices, embedding and head are rounded to the compute dtype here."""
+    """Parameters of `held_structure`; matrices, embedding and head are rounded to the compute dtype here."""
     check_weights(weights, config)
     params = {}
     for name, (_, role) in param_specs(config).items():
         param = jnp.asarray(weights[name], precision.params)
         if role in ("matrix", "embedding", "head"):
             param = param.astype(precision.compute).astype(held_dtype(precision))
-        params[flax_path(name, role)] = param
+        params[name] = param
     return params
 
 
-def bind_held(graph: nnx.GraphDef, params: Params) -> Qwen3ForCausalLM:
-    """`bind` for what `held_params` made."""
-    model = bind(graph, params)
-    model.set_attributes(held=True)
-    return model
+@functools.lru_cache(maxsize=4)
+def held_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:
+    """The model without its parameters, every `Linear` a `HeldLinear`: all leaves have Hugging Face's names."""
+
+    def build():
+        model = Qwen3ForCausalLM(config, precision)
+        for layer in model.model.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name, part in list(vars(block).items()):
+                    if isinstance(part, Linear):
+                        setattr(block, name, HeldLinear(part))
+        return model
+
+    graph, _ = nnx.split(nnx.eval_shape(build))
+    return graph
 
 
 def next_logits(
@@ -106,61 +125,65 @@ def next_logits(
     """The cache's layers with each row's token at its position, and the logits of what follows it, float32 or wider."""
     cache = KVCache(layers, position_B)
     x_BD = model.model(token_B[:, None], cache=cache)[:, 0]
-    return cache.layers, contract_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
+    return cache.layers, product_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
 
 
-@functools.lru_cache(maxsize=4)
-def compiled(config: ModelConfig, precision: PrecisionConfig) -> tuple[Callable, Callable]:
-    """`prefill` and `decode`, jitted, for every generator of this model."""
-    graph = model_structure(config, precision)
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "dtype", "samples"))
+def prefill(
+    graph: nnx.GraphDef, params: Params, tokens_PT: jax.Array, *, slots: int, dtype: jnp.dtype, samples: int
+) -> Layers:
+    """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
+    model = bind(graph, params)
+    cache = KVCache.empty(model.config, len(tokens_PT), slots, dtype)
+    model.model(tokens_PT, cache=cache)
+    return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
 
-    @functools.partial(jax.jit, static_argnames=("slots", "samples"))
-    def prefill(params: Params, tokens_PT: jax.Array, *, slots: int, samples: int) -> Layers:
-        """The cache's layers after the prompts, with so many slots and each row repeated `samples` times."""
-        cache = KVCache.empty(config, len(tokens_PT), slots, held_dtype(precision))
-        bind_held(graph, params).model(tokens_PT, cache=cache)
-        return jax.tree.map(lambda x_BKSH: jnp.repeat(x_BKSH, samples, axis=0), cache.layers)
 
-    @functools.partial(jax.jit, static_argnames="choice", donate_argnames="state")
-    def decode(
-        params: Params, state: DecodeState, key_B: jax.Array, stop_ids: jax.Array, count: int, *, choice: tuple
-    ) -> tuple[DecodeState, jax.Array]:
-        """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
+@functools.partial(jax.jit, static_argnames=("graph", "choice"), donate_argnames="state")
+def decode(
+    graph: nnx.GraphDef,
+    params: Params,
+    state: DecodeState,
+    key_B: jax.Array,
+    stop_ids: jax.Array,
+    count: int,
+    *,
+    choice: tuple,
+) -> tuple[DecodeState, jax.Array]:
+    """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
 
-        What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
-        """
-        model = bind_held(graph, params)
-        choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
+    What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
+    """
+    model = bind(graph, params)
+    choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
 
-        def unfinished(carry):
-            index, state, _ = carry
-            return (index < count) & ~jnp.all(state.done_B)
+    def unfinished(carry):
+        index, state, _ = carry
+        return (index < count) & ~jnp.all(state.done_B)
 
-        def step(carry):
-            index, state, new_BC = carry
-            layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
-            position_B = state.position_B + 1
-            token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
-            seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
-            done_B = state.done_B | jnp.isin(token_B, stop_ids)
-            state = DecodeState(layers, token_B, position_B, seen_BV, done_B)
-            return index + 1, state, new_BC.at[:, index].set(token_B)
+    def step(carry):
+        index, state, new_BC = carry
+        layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
+        position_B = state.position_B + 1
+        token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
+        seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
+        done_B = state.done_B | jnp.isin(token_B, stop_ids)
+        state = DecodeState(layers, token_B, position_B, seen_BV, done_B)
+        return index + 1, state, new_BC.at[:, index].set(token_B)
 
-        new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)
-        _, state, new_BC = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new_BC))
-        return state, new_BC
-
-    return prefill, decode
+    new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)
+    _, state, new_BC = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new_BC))
+    return state, new_BC
 
 
 def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dict[str, np.ndarray]) -> Generator:
     """`generate(tokens, options)`, an iterator over new tokens, on these weights; `generate.batch` for many prompts."""
-    prefill, decode = compiled(config, precision)
-    params = held_params(weights, config, precision)
+    graph, params = held_structure(config, precision), held_params(weights, config, precision)
 
     def start(batch: Batch, options: SamplingOptions):
+        shape = dict(slots=batch.slots, dtype=held_dtype(precision), samples=options.samples)
         with jax.default_matmul_precision(precision.matmul):
-            layers = prefill(params, batch.tokens_PT, slots=batch.slots, samples=options.samples)
+            layers = prefill(graph, params, batch.tokens_PT, **shape)
         token_B, position_B, seen_BV = map(jnp.array, (batch.token_B, batch.position_B, batch.seen_BV))
         state = DecodeState(layers, token_B, position_B, seen_BV, done_B=None)
         key_B = jnp.stack([random.key(options.seed, sample) for sample in batch.sample_B])
@@ -170,7 +193,7 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
             nonlocal state
             state = state._replace(done_B=jnp.array(done_B))
             with jax.default_matmul_precision(precision.matmul):
-                state, new_BC = decode(params, state, key_B, stop_ids, count, choice=options.choice)
+                state, new_BC = decode(graph, params, state, key_B, stop_ids, count, choice=options.choice)
             return np.asarray(new_BC)[:, :count]
 
         return advance

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_impl.backend import machine
 from jax_impl.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.weights import hf_name
 from recipe.config import AdamWConfig, ModelConfig, MuonConfig
@@ -36,18 +37,13 @@ def orthogonalize_all(updates: optax.Updates, **newton_schulz) -> optax.Updates:
         groups[min(update_IO.shape), max(update_IO.shape)].append(index)
     for indices in groups.values():
         # The wide layout of weight_OI: a tall weight's is its transpose, which is the kernel as it stands.
-        kernel_is_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]
-        wide = [leaves[i] if lies else leaves[i].mT for i, lies in zip(indices, kernel_is_wide, strict=True)]
-        orthogonal = orthogonalize(jnp.stack(wide)) if takes_batches() else map(orthogonalize, wide)
-        for i, lies, matrix in zip(indices, kernel_is_wide, orthogonal, strict=True):
+        are_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]
+        wide = [leaves[i] if is_wide else leaves[i].mT for i, is_wide in zip(indices, are_wide, strict=True)]
+        orthogonal = orthogonalize(jnp.stack(wide)) if machine().batched_matrices else map(orthogonalize, wide)
+        for i, is_wide, matrix in zip(indices, are_wide, orthogonal, strict=True):
             # Out of ns_dtype before any scaling: a factor applied in bfloat16 would cost 2e-3.
-            leaves[i] = (matrix if lies else matrix.mT).astype(leaves[i].dtype)
+            leaves[i] = (matrix if is_wide else matrix.mT).astype(leaves[i].dtype)
     return jax.tree.unflatten(tree, leaves)
-
-
-def takes_batches() -> bool:
-    """Whether stacked matrices are multiplied faster; on a CPU they are not, and the stack is a copy of them all."""
-    return jax.default_backend() != "cpu"
 
 
 def scale_by_muon(

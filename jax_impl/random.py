@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_impl.products import accumulator
+
 # Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
 
@@ -41,3 +43,16 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard Gumbel noise in float32; argmax(logits + gumbel) samples from softmax(logits)."""
     return -jnp.log(-jnp.log(uniform(key, shape)))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax.Array:
+    """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
+    if key is None or rate == 0.0:
+        return x
+    return drop(x, keep_mask(fold_in(key, *path), x.shape, rate), rate)
+
+
+def drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
+    """x / (1-rate) where `keep` is true, else zero."""
+    scaled = (x.astype(accumulator(x.dtype)) / (1.0 - rate)).astype(x.dtype)
+    return jnp.where(keep, scaled, jnp.zeros_like(x))

@@ -5,6 +5,7 @@ Twin: `torch_ref/train.py`.
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ import optax
 
 from harness import loop
 from jax_impl import random
+from jax_impl.attention import attention_in_use, why_not_fused
+from jax_impl.backend import machine, on_device_of
 from jax_impl.generate import make_generator
 from jax_impl.muon import clip_by_global_norm, muon_with_adamw
 from jax_impl.weights import Params, bind, from_hf, model_structure, optimizer_slots, restore_optimizer, to_hf
@@ -78,7 +81,7 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
     def loss(params, inputs_BT, targets_BT, key):
         return bind(graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options())
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(machine().compiler_options))
     def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
         A = inputs_ABT.shape[0]
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
@@ -116,13 +119,6 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[jax.Array, jax.Array
     return _with_precision(evaluate, config)
 
 
-def _compiler_options() -> dict[str, str]:
-    """Options of XLA's that training wants, by backend."""
-    # XLA:CPU's default runs whatever is ready, all layers' recomputation at once; this order keeps little in memory.
-    cpu = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return cpu if jax.default_backend() == "cpu" else {}
-
-
 def _with_precision(function, config: RunConfig):
     """The jitted function, traced and run under the configured precision of float32 products.
 
@@ -133,7 +129,7 @@ def _with_precision(function, config: RunConfig):
     @functools.wraps(function)
     def with_precision(*args):
         nonlocal compiled
-        with jax.default_matmul_precision(config.precision.matmul):
+        with jax.default_matmul_precision(config.precision.matmul), on_device_of(args):
             if not compiled:
                 function.lower(*args).compile()  # the call below finds the program
                 _return_freed_memory()
@@ -167,6 +163,9 @@ class Trainer:
             "device": device.device_kind,
             "jax": jax.__version__,
             "x64": jax.config.jax_enable_x64,
+            "attention": attention_in_use(config.precision, config.model.dropout),
+            "why_not_fused": why_not_fused(config.precision, config.model.dropout),
+            "machine": dataclasses.asdict(machine()),
         }
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:

@@ -23,6 +23,8 @@ class Equivalent(NamedTuple):
 
 
 MODEL, NS, MUON, TRAIN = "jax_impl.model", "jax_impl.newton_schulz", "jax_impl.muon", "jax_impl.train"
+PRODUCTS, ATTENTION, CACHE, JAX_LOSS = "jax_impl.products", "jax_impl.attention", "jax_impl.cache", "jax_impl.loss"
+JAX_RANDOM = "jax_impl.random"
 LOGITS = "parity_tests/test_model.py::test_logits[plain-float64]"
 WINDOW = "parity_tests/test_model.py::test_logits[window-float64]"
 LONG_WINDOW = "parity_tests/test_model.py::test_logits[long-window-float64]"
@@ -128,43 +130,45 @@ MUTANTS = (
         LOGITS,
     ),
     Mutant("LayerNorm's variance for RMSNorm's", MODEL, "jnp.mean(wide * wide, axis", "jnp.var(wide, axis", LOGITS),
-    Mutant("queries see one key of the future", MODEL, "visible = (s <= t) if", "visible = (s <= t + 1) if", LOGITS),
+    Mutant("queries see one key of the future", ATTENTION, "return (s <= t) if", "return (s <= t + 1) if", LOGITS),
     Mutant(
         "window one key too wide",
-        MODEL,
-        "visible = (s <= t) if window is None else (s <= t) & (s > t - window)",
-        "visible = (s <= t) if window is None else (s <= t) & (s >= t - window)",
+        ATTENTION,
+        "return (s <= t) if window is None else (s <= t) & (s > t - window)",
+        "return (s <= t) if window is None else (s <= t) & (s >= t - window)",
         WINDOW,
     ),
     Mutant(
         "window's first block cut one key short",
-        MODEL,
+        ATTENTION,
         "max(0, start - window + 1)",
         "max(0, start - window + 2)",
         LONG_WINDOW,
     ),
     Mutant(
         "scores over sqrt(hidden) instead of sqrt(head_dim)",
-        MODEL,
+        ATTENTION,
         "q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)",
         "q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(N * H)",
         LOGITS,
     ),
     Mutant(
         "query heads grouped the other way round",
-        MODEL,
+        ATTENTION,
         "q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)",
         "q_BTNH.reshape(B, T, G, K, H).transpose(0, 3, 2, 1, 4)",
         LOGITS,
     ),
     Mutant(
         "chunks of attention put back in another order",
-        MODEL,
+        ATTENTION,
         "operands))\n    return out_XGTH.reshape",
         "operands))[::-1]\n    return out_XGTH.reshape",
         ATTENTION_CHUNKS,
     ),
-    Mutant("heads put back in another order", MODEL, ".transpose(0, 3, 1, 2, 4)", ".transpose(0, 3, 2, 1, 4)", LOGITS),
+    Mutant(
+        "heads put back in another order", ATTENTION, ".transpose(0, 3, 1, 2, 4)", ".transpose(0, 3, 2, 1, 4)", LOGITS
+    ),
     Mutant("final norm left out", MODEL, "dropout(self.norm(x_BTD), rate,", "dropout(x_BTD, rate,", LOGITS),
     Mutant(
         "residual taken after the norm",
@@ -197,19 +201,19 @@ MUTANTS = (
         "return jax.lax.stop_gradient((self.lm_head or self.model.embed_tokens).weight[...])",
         GRADS,
     ),
-    Mutant("loss over M - 1 tokens", MODEL, "jnp.full((M,), 1.0 / M,", "jnp.full((M,), 1.0 / (M - 1),", GRADS),
+    Mutant("loss over M - 1 tokens", JAX_LOSS, "jnp.full((M,), 1.0 / M,", "jnp.full((M,), 1.0 / (M - 1),", GRADS),
     Mutant(
         "padding tokens of the last chunk counted",
-        MODEL,
+        JAX_LOSS,
         "accumulator(x_MD.dtype)), (0, padding))",
         "accumulator(x_MD.dtype)), (0, padding), constant_values=1.0 / M)",
         CHUNKS,
     ),
     Mutant(
         "head's gradient from the last chunk only",
-        MODEL,
-        "return (loss, grad_head_DV + contract(",
-        "return (loss, 0.0 * grad_head_DV + contract(",
+        JAX_LOSS,
+        "return (loss, grad_head_DV + product(",
+        "return (loss, 0.0 * grad_head_DV + product(",
         CHUNKS,
     ),
     Mutant(
@@ -223,20 +227,20 @@ MUTANTS = (
     ),
     Mutant(
         "upstream gradient of the loss ignored",
-        MODEL,
+        JAX_LOSS,
         "return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), grad_head_VD * cotangent, None",
         "return grad_x_MD, grad_head_VD * cotangent, None",
         LOSS,
     ),
     Mutant(
         "accuracy of the smallest logit",
-        MODEL,
+        JAX_LOSS,
         "jnp.argmax(logits_MV, axis=-1) == targets",
         "jnp.argmin(logits_MV, axis=-1) == targets",
         EVALUATION,
     ),
     # Dropout and random numbers.
-    Mutant("dropout without 1/(1-rate)", MODEL, "/ (1.0 - rate)).astype", "/ 1.0).astype", DROPOUT),
+    Mutant("dropout without 1/(1-rate)", JAX_RANDOM, "/ (1.0 - rate)).astype", "/ 1.0).astype", DROPOUT),
     Mutant(
         "one mask for both residual branches",
         MODEL,
@@ -246,14 +250,14 @@ MUTANTS = (
     ),
     Mutant(
         "attention's masks laid out for other heads",
-        MODEL,
-        "masks_XGTS.append(mask_BKGTS.reshape",
-        "masks_XGTS.append(mask_BKGTS.swapaxes(0, 1).reshape",
+        ATTENTION,
+        "keeps.append(keep_BKGTS.reshape",
+        "keeps.append(keep_BKGTS.swapaxes(0, 1).reshape",
         DROPOUT,
     ),
     Mutant(
         "one mask for all blocks of queries",
-        MODEL,
+        ATTENTION,
         "random.keep_mask(random.fold_in(key, block), (B, K",
         "random.keep_mask(random.fold_in(key, 0 * block), (B, K",
         ATTENTION_CHUNKS,
@@ -327,8 +331,8 @@ MUTANTS = (
     Mutant(
         "square kernels iterated on the wrong side",
         MUON,
-        "kernel_is_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]",
-        "kernel_is_wide = [leaves[i].shape[-1] >= leaves[i].shape[-2] for i in indices]",
+        "are_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]",
+        "are_wide = [leaves[i].shape[-1] >= leaves[i].shape[-2] for i in indices]",
         MUON_TESTS,
     ),
     Mutant(
@@ -439,28 +443,28 @@ MUTANTS = (
     ),
     Mutant(
         "new tokens see the padding behind their row",
-        MODEL,
-        "visible_BS = (s <= t) if",
-        "visible_BS = (s < S) if",
+        CACHE,
+        "jnp.where(visible(t, s, window)[:, None, None]",
+        "jnp.where(visible(t + S, s, window)[:, None, None]",
         CACHED,
     ),
     Mutant(
         "keys and values written one slot late",
-        MODEL,
+        CACHE,
         "s = self.position_B[:, None, None]",
         "s = self.position_B[:, None, None] + 1",
         CACHED,
     ),
     Mutant(
         "every row written into the first row's slot",
-        MODEL,
+        CACHE,
         "s = self.position_B[:, None, None]",
         "s = self.position_B[:1, None, None]",
         CACHED,
     ),
     Mutant(
         "values cached as keys",
-        MODEL,
+        CACHE,
         "v_BKSH.at[b, k, s].set(v_BKTH)",
         "v_BKSH.at[b, k, s].set(k_BKTH)",
         CACHED,
@@ -481,9 +485,9 @@ MUTANTS = (
     ),
     Mutant(
         "window of a new token one key too wide",
-        MODEL,
-        "visible_BS = (s <= t) if window is None else (s <= t) & (s > t - window)",
-        "visible_BS = (s <= t) if window is None else (s <= t) & (s >= t - window)",
+        CACHE,
+        "jnp.where(visible(t, s, window)[:, None, None]",
+        "jnp.where(visible(t, s, window and window + 1)[:, None, None]",
         CACHED_WINDOW,
     ),
     Mutant(

@@ -18,7 +18,7 @@ import jax_impl.generate
 import torch_ref.generate
 from harness.folders import to_hf_config
 from jax_impl import random as jax_random
-from jax_impl.weights import model_structure
+from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.sides import TorchModel, x64
@@ -49,12 +49,12 @@ class JaxCache:
         self.precision = precision
         with x64(precision):
             self.params = jax_impl.generate.held_params(weights, model, precision)
-            prefill, _ = jax_impl.generate.compiled(model, precision)
-            self.layers = prefill(self.params, prompts_PT, slots=slots, samples=1)
-            graph = model_structure(model, precision)
+            graph, dtype = jax_impl.generate.held_structure(model, precision), jax_impl.generate.held_dtype(precision)
+            shape = dict(slots=slots, dtype=dtype, samples=1)
+            self.layers = jax_impl.generate.prefill(graph, self.params, prompts_PT, **shape)
 
             def step(params, *arguments):
-                return jax_impl.generate.next_logits(jax_impl.generate.bind_held(graph, params), *arguments)
+                return jax_impl.generate.next_logits(bind(graph, params), *arguments)
 
             self.call = jax.jit(step)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import jax_impl.model
+import jax_impl.attention
 import jax_impl.muon
-import torch_ref.model
+import torch_ref.attention
 import torch_ref.muon
 from parity_tests import test_model, test_muon, test_newton_schulz, test_training
 from parity_tests.cases import BFLOAT16, FLOAT32, PRECISIONS, random_weights
@@ -24,6 +24,7 @@ from parity_tests.montecarlo import allowances, amplification
 from parity_tests.newton_schulz_error import allowance, newton_schulz
 from parity_tests.sides import JaxModel, JaxTraining, TorchModel, TorchTraining
 from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, check, check_all, relative_error
+from recipe.config import PrecisionConfig
 
 pytestmark = pytest.mark.gpu
 DTYPES = ("float32", "bfloat16")
@@ -136,15 +137,15 @@ def test_fused_attention(device, name, record_property):
         grads = pull_back(jnp.asarray(arrays["out_grad"], jnp.bfloat16))
         return {key: np.asarray(x, np.float64) for key, x in zip(("out", *"qkv"), (out, *grads), strict=True)}
 
-    truths, kappas = amplification(lambda: on_torch(torch_ref.model.attention, torch.float64, "cpu"), "bfloat16")
+    truths, kappas = amplification(lambda: on_torch(torch_ref.attention.attention, torch.float64, "cpu"), "bfloat16")
     limits = allowances(kappas, "bfloat16")
     results = {
-        "jax explicit": on_jax(jax_impl.model.attention),
-        "torch explicit": on_torch(torch_ref.model.attention, torch.bfloat16, device),
-        "torch SDPA": on_torch(torch_ref.model.fused_attention, torch.bfloat16, device),
+        "jax explicit": on_jax(jax_impl.attention.attention),
+        "torch explicit": on_torch(torch_ref.attention.attention, torch.bfloat16, device),
+        "torch SDPA": on_torch(torch_ref.attention.fused_attention, torch.bfloat16, device),
     }
-    if jax_impl.model.has_fused_attention(jnp.bfloat16):
-        results["jax cuDNN"] = on_jax(jax_impl.model.fused_attention)
+    if not jax_impl.attention.why_not_fused(PrecisionConfig(compute="bfloat16"), 0.0):
+        results["jax cuDNN"] = on_jax(jax_impl.attention.fused_attention)
     for kind, values in results.items():
         shares = {key: check(f"{kind} {key}", values[key], truths[key], limits[key]) / limits[key] for key in truths}
         record_property(f"{kind}, largest error over allowance", max(shares.values()))

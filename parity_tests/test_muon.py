@@ -7,6 +7,7 @@ import optax
 import pytest
 import torch
 
+import jax_impl.backend
 import jax_impl.muon
 import torch_ref.muon
 from parity_tests.newton_schulz_error import allowance
@@ -184,7 +185,8 @@ def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, 
         name: torch_ref.muon.orthogonalize_via_newton_schulz(torch.tensor(x), dtype=torch.float64).numpy()
         for name, x in matrices.items()
     }
-    monkeypatch.setattr(jax_impl.muon, "takes_batches", lambda: batches)
+    record = jax_impl.backend.GPU if batches else jax_impl.backend.CPU
+    monkeypatch.setattr(jax_impl.muon, "machine", lambda: record)
     monkeypatch.setattr(torch_ref.muon, "takes_batches", lambda device: batches)
     counting(jax_impl.muon, "jax")
     counting(torch_ref.muon, "torch")
@@ -203,7 +205,7 @@ def test_batches_are_for_gpus(monkeypatch):
     for backend, batches in (("cpu", False), ("gpu", True)):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         device = torch.device("cuda" if backend == "gpu" else "cpu")
-        assert (jax_impl.muon.takes_batches(), torch_ref.muon.takes_batches(device)) == (batches, batches)
+        assert (jax_impl.backend.machine().batched_matrices, torch_ref.muon.takes_batches(device)) == (batches, batches)
 
 
 def test_it_behaves_as_an_optax_transformation():

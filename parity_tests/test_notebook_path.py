@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import torch_ref.model
+import torch_ref.attention
 import torch_ref.muon
 from benchmarks import notebook
 from parity_tests.montecarlo import allowances, amplification
@@ -25,7 +25,7 @@ def test_attention_over_repeated_heads(explicit):
         tensors = out, *torch.autograd.grad(out, heads, arrays["out_grad"])
         return {name: x.detach().numpy() for name, x in zip(("out", *"qkv"), tensors, strict=True)}
 
-    truths, kappas = amplification(lambda: measure(torch_ref.model.attention, window=None))
+    truths, kappas = amplification(lambda: measure(torch_ref.attention.attention, window=None))
     values = measure(notebook.attention, explicit=explicit)
     check_all(values, truths, allowances(kappas, "float64").get)
 

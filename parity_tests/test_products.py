@@ -1,4 +1,4 @@
-"""`jax_impl.model.contract`: right in every layout, and on a CPU multiplied by the kernels that are fast.
+"""`jax_impl.products.product`: right in every layout, and on a CPU multiplied by the kernels that are fast.
 
 XLA's CPU backend multiplies bfloat16 in one layout and converts every other to float32 first, several times slower and
 without a word; what it did stands in the compiled program.
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_impl.model import accumulator, contract, in_memory
 from jax_impl.newton_schulz import orthogonalize_via_newton_schulz
+from jax_impl.products import accumulator, in_memory, product
 from jax_impl.train import init_state, make_train_step
 from parity_tests.cases import AWKWARD
 from parity_tests.tolerance import UNIT_ROUNDOFF
@@ -51,7 +51,7 @@ def _check(spec: str, value: jax.Array, x, y, dtype: str) -> None:
 def test_a_product_and_its_gradients_are_einsum_in_every_layout(spec, dtype):
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         x, y = _operands(spec, dtype)
-        narrow = jax.jit(lambda x, y: contract(spec, x, y, x.dtype))
+        narrow = jax.jit(lambda x, y: product(spec, x, y, x.dtype))
         value, pull = jax.vjp(narrow, x, y)
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(value.shape), dtype)
         grad_x, grad_y = pull(cotangent)
@@ -67,9 +67,9 @@ def test_a_product_and_its_gradients_are_einsum_in_every_layout(spec, dtype):
 def test_a_bfloat16_product_may_be_transposed(spec):
     """jax 0.10 fails to run a program whose transposed product of two bfloat16 arrays comes out in float32."""
     x, y = _operands(spec, "bfloat16")
-    plain = jax.jit(lambda x, y: contract(spec, x, y, jnp.float32))(x, y)
+    plain = jax.jit(lambda x, y: product(spec, x, y, jnp.float32))(x, y)
     axes = tuple(reversed(range(plain.ndim)))
-    turned = jax.jit(lambda x, y: jnp.transpose(contract(spec, x, y, jnp.float32), axes))(x, y)
+    turned = jax.jit(lambda x, y: jnp.transpose(product(spec, x, y, jnp.float32), axes))(x, y)
     np.testing.assert_array_equal(turned, jnp.transpose(plain, axes))
 
 

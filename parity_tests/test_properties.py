@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import jax_impl.attention
+import jax_impl.loss
 import jax_impl.model
+import torch_ref.attention
+import torch_ref.loss
 import torch_ref.model
 from jax_impl import random as jax_random
+from jax_impl.backend import machine
 from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, ROWS, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
@@ -26,6 +31,7 @@ class JaxTwin:
     """jax_impl behind NumPy, jitted, in float64."""
 
     module, random, side = jax_impl.model, jax_random, JaxModel
+    attention_module = jax_impl.attention
 
     def logits(self, model, weights):
         """tokens -> logits, compiled once."""
@@ -49,6 +55,7 @@ class TorchTwin:
     """torch_ref behind NumPy, in float64."""
 
     module, random, side = torch_ref.model, torch_random, TorchModel
+    attention_module = torch_ref.attention
 
     def logits(self, model, weights):
         return TorchModel(model, FLOAT64, weights).logits
@@ -163,7 +170,7 @@ def test_the_tied_gradient_is_the_sum_of_embedding_and_head(twin):
 
 @pytest.mark.parametrize("block", [4, 128])
 def test_a_window_reaches_exactly_so_far(twin, block, monkeypatch):
-    monkeypatch.setattr(twin.module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(twin.attention_module, "QUERY_BLOCK", block)
     window = 3
     model = dataclasses.replace(MODEL, sliding_window=window)
     logits, tokens = twin.logits(model, random_weights(model)), random_tokens(model, ROWS, 11)
@@ -185,7 +192,7 @@ def test_query_blocks_change_nothing(twin, window, monkeypatch):
 
     allowance = allowance_of(compute)["attention"]
     for block in (5, 13):
-        monkeypatch.setattr(twin.module, "QUERY_BLOCK", block)
+        monkeypatch.setattr(twin.attention_module, "QUERY_BLOCK", block)
         check(f"blocks of {block}", twin.call("attention", q, k, v, window=window), whole, allowance)
 
 
@@ -194,19 +201,19 @@ def test_chunks_of_attention_change_nothing(chunks, monkeypatch):
     """2 rows of 2 key heads, whole, two and one at a time, in blocks of 5 with dropout, values and gradients."""
     arrays = normal(2, 14, 6, 4, seed=1), normal(2, 14, 2, 4, seed=2), normal(2, 14, 2, 4, seed=3)
     cotangent = normal(2, 14, 6, 4, seed=4)
-    monkeypatch.setattr(torch_ref.model, "QUERY_BLOCK", 5)
-    monkeypatch.setattr(jax_impl.model, "QUERY_BLOCK", 5)
-    monkeypatch.setattr(jax_impl.model, "chunk_count", lambda rows, scores: chunks)
+    monkeypatch.setattr(torch_ref.attention, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(jax_impl.attention, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(jax_impl.attention, "chunk_count", lambda rows, scores: chunks)
 
     def compute() -> Arrays:
         leaves = [torch.tensor(array).requires_grad_() for array in arrays]
-        out = torch_ref.model.attention(*leaves, window=8, rate=0.3, key=torch_random.key(6))
+        out = torch_ref.attention.attention(*leaves, window=8, rate=0.3, key=torch_random.key(6))
         out.backward(torch.tensor(cotangent))
         named = {"out": out} | {name: leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}
         return {name: value.detach().numpy() for name, value in named.items()}
 
     with jax.enable_x64(True):
-        attention = functools.partial(jax_impl.model.attention, window=8, rate=0.3, key=jax_random.key(6))
+        attention = functools.partial(jax_impl.attention.attention, window=8, rate=0.3, key=jax_random.key(6))
 
         @jax.jit
         def value_and_grads(q, k, v):
@@ -221,9 +228,9 @@ def test_chunks_of_attention_change_nothing(chunks, monkeypatch):
 def test_attention_takes_as_many_rows_at_once_as_the_caches_hold(monkeypatch):
     # All fit; half of six do; no two do; seven rows, of which four would fit, have no equal parts but single ones.
     chunks = {(4, 2**18): 1, (6, 2**18): 2, (4, 2**21): 4, (7, 2**18): 7}
-    assert {case: jax_impl.model.chunk_count(*case) for case in chunks} == chunks
+    assert {case: jax_impl.attention.chunk_count(*case) for case in chunks} == chunks
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert jax_impl.model.chunk_count(4, 2**21) == 1
+    assert jax_impl.attention.chunk_count(4, 2**21) == 1
 
 
 @pytest.mark.parametrize("dropout_seed", [None, 4], ids=["plain", "dropout"])
@@ -310,26 +317,27 @@ def test_chunks_of_the_loss_change_nothing(tokens_at_once, monkeypatch):
 
     def compute() -> Arrays:
         leaves = [torch.tensor(array).requires_grad_() for array in (x, head)]
-        loss = torch_ref.model.cross_entropy(*leaves, torch.tensor(targets))
+        loss = torch_ref.loss.cross_entropy(*leaves, torch.tensor(targets))
         (3.0 * loss).backward()
-        losses, _ = torch_ref.model.token_losses(*leaves, torch.tensor(targets))
+        losses, _ = torch_ref.loss.token_losses(*leaves, torch.tensor(targets))
         named = {"loss": loss, "x": leaves[0].grad, "head": leaves[1].grad, "losses": losses}
         return {name: value.detach().numpy() for name, value in named.items()}
 
-    monkeypatch.setattr(jax_impl.model, "tokens_at_once", lambda: tokens_at_once)
+    record = dataclasses.replace(machine(), tokens_at_once=tokens_at_once)
+    monkeypatch.setattr(jax_impl.loss, "machine", lambda: record)
     with jax.enable_x64(True):
         arrays = jnp.asarray(x), jnp.asarray(head)
 
         def tripled(x, head):
-            return 3.0 * jax_impl.model.cross_entropy(x, head, targets)
+            return 3.0 * jax_impl.loss.cross_entropy(x, head, targets)
 
         grad_x, grad_head = jax.jit(jax.grad(tripled, argnums=(0, 1)))(*arrays)
-        losses, correct = jax.jit(jax_impl.model.token_losses)(*arrays, targets)
+        losses, correct = jax.jit(jax_impl.loss.token_losses)(*arrays, targets)
         # Differentiated and not, the loss has two code paths.
-        loss, _ = jax.jit(jax.value_and_grad(jax_impl.model.cross_entropy))(*arrays, targets)
+        loss, _ = jax.jit(jax.value_and_grad(jax_impl.loss.cross_entropy))(*arrays, targets)
         named = {"loss": loss, "x": grad_x, "head": grad_head, "losses": losses}
         values = {name: np.asarray(value) for name, value in named.items()}
-        plain = np.asarray(jax.jit(jax_impl.model.cross_entropy)(*arrays, targets))
+        plain = np.asarray(jax.jit(jax_impl.loss.cross_entropy)(*arrays, targets))
     truths, kappas = amplification(compute)
     allowed = allowances(kappas, "float64")
     check_all(values, truths, allowed.get)

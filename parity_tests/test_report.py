@@ -14,6 +14,7 @@ import pytest
 
 import jax_impl.model
 import jax_impl.muon
+import jax_impl.products
 import parity_tests.sides
 from harness.folders import save_folder
 from parity_tests import example, twins
@@ -105,10 +106,10 @@ def plant_forward(monkeypatch):
 
 
 def plant_backward(monkeypatch):
-    contract = jax_impl.model.contract
-    wrong = jax.custom_vjp(contract.fun, nondiff_argnums=contract.nondiff_argnums)
-    wrong.defvjp(jax_impl.model._contract_forward, transposed_gradient(jax_impl.model._contract_backward))
-    monkeypatch.setattr(jax_impl.model, "contract", wrong)
+    product = jax_impl.products.product
+    wrong = jax.custom_vjp(product.fun, nondiff_argnums=product.nondiff_argnums)
+    wrong.defvjp(jax_impl.products._product_forward, transposed_gradient(jax_impl.products._product_backward))
+    monkeypatch.setattr(jax_impl.model, "product", wrong)
 
 
 def plant_optimizer(monkeypatch):

@@ -16,7 +16,9 @@ from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import param_specs
 from recipe.sampling import Batch, Generator, SamplingOptions
 from torch_ref import random
-from torch_ref.model import KVCache, Qwen3ForCausalLM, accumulator
+from torch_ref.cache import KVCache
+from torch_ref.model import Qwen3ForCausalLM
+from torch_ref.products import accumulator
 from torch_ref.weights import from_hf
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]

@@ -23,12 +23,12 @@ def orthogonalize_all(updates: list[torch.Tensor], **newton_schulz) -> list[torc
         groups[min(update_OI.shape), max(update_OI.shape)].append(index)
     for indices in groups.values():
         # The wide layout of weight_OI: a tall weight's is its transpose.
-        is_wide = [updates[i].shape[-2] <= updates[i].shape[-1] for i in indices]
-        wide = [updates[i] if lies else updates[i].mT for i, lies in zip(indices, is_wide, strict=True)]
+        are_wide = [updates[i].shape[-2] <= updates[i].shape[-1] for i in indices]
+        wide = [updates[i] if is_wide else updates[i].mT for i, is_wide in zip(indices, are_wide, strict=True)]
         orthogonal = orthogonalize(torch.stack(wide)) if takes_batches(wide[0].device) else map(orthogonalize, wide)
-        for i, lies, matrix in zip(indices, is_wide, orthogonal, strict=True):
+        for i, is_wide, matrix in zip(indices, are_wide, orthogonal, strict=True):
             # Out of ns_dtype before any scaling: a factor applied in bfloat16 would cost 2e-3.
-            orthogonalized[i] = (matrix if lies else matrix.mT).to(updates[i].dtype)
+            orthogonalized[i] = (matrix if is_wide else matrix.mT).to(updates[i].dtype)
     return orthogonalized
 
 

@@ -7,6 +7,8 @@ of `jax.random` in its partitionable mode. 32-bit words live in int64 tensors, w
 
 import torch
 
+from torch_ref.products import accumulator
+
 # Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
 
@@ -65,3 +67,16 @@ def uniform(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu"
 def gumbel(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
     """Standard Gumbel noise in float32; argmax(logits + gumbel) samples from softmax(logits)."""
     return -torch.log(-torch.log(uniform(key, shape, device)))
+
+
+def dropout(x: torch.Tensor, rate: float, key: Key | None, *path: int) -> torch.Tensor:
+    """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
+    if key is None or rate == 0.0:
+        return x
+    return drop(x, keep_mask(fold_in(key, *path), x.shape, rate, x.device), rate)
+
+
+def drop(x: torch.Tensor, keep: torch.Tensor, rate: float) -> torch.Tensor:
+    """x / (1-rate) where `keep` is true, else zero."""
+    scaled = (x.to(accumulator(x.dtype)) / (1.0 - rate)).to(x.dtype)
+    return torch.where(keep, scaled, 0.0)

@@ -16,6 +16,7 @@ from harness import loop
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
+from torch_ref.attention import attention_in_use, why_not_fused
 from torch_ref.generate import make_generator
 from torch_ref.model import Qwen3ForCausalLM
 from torch_ref.muon import MuonWithAdamW, clip_by_global_norm
@@ -122,6 +123,8 @@ class Trainer:
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "torch": torch.__version__,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "attention": attention_in_use(config.precision, config.model.dropout),
+            "why_not_fused": why_not_fused(config.precision, config.model.dropout),
         }
 
     def _tensor(self, tokens: np.ndarray) -> torch.Tensor:

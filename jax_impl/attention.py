@@ -1,0 +1,137 @@
+"""Causal grouped-query attention. The twin is `torch_ref/attention.py`; the letters are those of `model.py`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_impl import random
+from jax_impl.backend import machine
+from jax_impl.products import accumulator, product
+from recipe.config import PrecisionConfig
+
+# Queries per block of explicit attention: a block skips the keys none of its queries sees.
+QUERY_BLOCK = 128
+
+
+def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int | None) -> jax.Array:
+    """`attention` through cuDNN's flash attention, without dropout; needs a GPU and a 16-bit dtype."""
+    local_window = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local_window, implementation="cudnn"
+    )
+
+
+def why_not_fused(precision: PrecisionConfig, dropout: float) -> str:
+    """Why `fused_attention` cannot run at this dropout rate; empty if it can."""
+    if not machine().cudnn:
+        return f"cuDNN's kernel needs an NVIDIA GPU, this is a {machine().platform}"
+    if jnp.dtype(precision.compute).itemsize != 2:
+        return f"cuDNN's kernel needs precision.compute=bfloat16, not {precision.compute}"
+    return f"it drops no probabilities, and dropout is {dropout}" if dropout else ""
+
+
+def attention_in_use(precision: PrecisionConfig, dropout: float) -> str:
+    """Which attention runs, explicit or fused, at this dropout rate."""
+    return "fused" if precision.attention == "fused" and not why_not_fused(precision, dropout) else "explicit"
+
+
+def visible(t: np.ndarray | jax.Array, s: np.ndarray, window: int | None) -> np.ndarray | jax.Array:
+    """Whether a query at position t sees the key at position s: s <= t, and s > t - window if there is a window."""
+    return (s <= t) if window is None else (s <= t) & (s > t - window)
+
+
+def query_blocks(T: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(start, stop, first) of each block: queries start ... stop - 1 see no key before `first`."""
+    starts = range(0, T, QUERY_BLOCK)
+    firsts = [0 if window is None else max(0, start - window + 1) for start in starts]
+    return [(start, min(start + QUERY_BLOCK, T), first) for start, first in zip(starts, firsts, strict=True)]
+
+
+def attend_block(
+    q_XGTH: jax.Array,
+    k_XSH: jax.Array,
+    v_XSH: jax.Array,
+    start: int,
+    first: int,
+    *,
+    window: int | None,
+    keep_XGTS: jax.Array | None,
+    rate: float,
+) -> jax.Array:
+    """Attention (X, G, T, H) of queries at positions start ... to keys at positions first ...; scores are (X, Q, S)."""
+    X, G, T, H = q_XGTH.shape
+    S, dtype = k_XSH.shape[1], q_XGTH.dtype
+    t, s = start + np.arange(T)[:, None], first + np.arange(S)[None, :]
+    q_XQH = q_XGTH.reshape(X, G * T, H)
+    scores_XQS = product("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)
+    scores_XGTS = jnp.where(visible(t, s, window), scores_XQS.reshape(X, G, T, S), -jnp.inf)
+    probs_XGTS = jax.nn.softmax(scores_XGTS, axis=-1).astype(dtype)
+    if keep_XGTS is not None:
+        probs_XGTS = random.drop(probs_XGTS, keep_XGTS, rate)
+    return product("xqs,xsh->xqh", probs_XGTS.reshape(X, G * T, S), v_XSH, dtype).reshape(X, G, T, H)
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int | None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention, S = T, in blocks of queries; query t sees keys s <= t, and s > t - window if set.
+
+    `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index. Scores are computed again in
+    the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never leave the caches.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    G, blocks = N // K, query_blocks(T, window)
+    # Laid out once, by key head: XLA would transpose b, t, k, g in every block and product.
+    q_XGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
+    k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, T, H) for x_BSKH in (k_BSKH, v_BSKH))
+    keeps = []
+    if key is not None and rate > 0.0:
+        for block, (start, stop, first) in enumerate(blocks):
+            keep_BKGTS = random.keep_mask(random.fold_in(key, block), (B, K, G, stop - start, stop - first), rate)
+            keeps.append(keep_BKGTS.reshape(B * K, *keep_BKGTS.shape[2:]))
+
+    @jax.checkpoint
+    def attend(operands):
+        q_XGTH, k_XSH, v_XSH, keeps = operands
+        # In pieces, whose gradients are pieces: that of a slice has zeros around it and would be added as a whole.
+        edges = np.arange(QUERY_BLOCK, T, QUERY_BLOCK)
+        q_pieces, k_pieces, v_pieces = (
+            jnp.split(q_XGTH, edges, 2),
+            jnp.split(k_XSH, edges, 1),
+            jnp.split(v_XSH, edges, 1),
+        )
+        outputs = []
+        for block, (start, _, first) in enumerate(blocks):
+            whole, part = divmod(first, QUERY_BLOCK)
+            seen = (jnp.concatenate(pieces[whole : block + 1], axis=1)[:, part:] for pieces in (k_pieces, v_pieces))
+            keep_XGTS = keeps[block] if keeps else None
+            outputs.append(
+                attend_block(q_pieces[block], *seen, start, first, window=window, keep_XGTS=keep_XGTS, rate=rate)
+            )
+        return jnp.concatenate(outputs, axis=2)
+
+    operands = q_XGTH, k_XSH, v_XSH, keeps
+    count = chunk_count(B * K, G * min(QUERY_BLOCK, T) * T)
+    if count == 1:
+        out_XGTH = attend(operands)
+    else:
+        out_XGTH = jax.lax.map(attend, jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), operands))
+    return out_XGTH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def chunk_count(rows: int, scores: int) -> int:
+    """Into how many equal chunks attention splits its rows, each with so many scores at once."""
+    limit = machine().scores_at_once
+    if limit is None:
+        return 1
+    fitting = (count for count in range(1, rows + 1) if rows % count == 0 and rows // count * scores <= limit)
+    return next(fitting, rows)

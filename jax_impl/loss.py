@@ -1,0 +1,81 @@
+"""The loss and its gradient in chunks of tokens. The twin is `torch_ref/loss.py`."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jax_impl.backend import machine
+from jax_impl.products import accumulator, in_memory, product
+
+
+@functools.partial(jax.custom_vjp)
+def cross_entropy(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> jax.Array:
+    """Mean of -log softmax(x head^T)[target] over the tokens, without ever holding all logits.
+
+    Differentiating it computes the gradients together with the loss, chunk by chunk, so nothing is computed twice.
+    """
+    losses_M, _ = token_losses(x_MD, head_VD, targets_M)
+    return jnp.mean(losses_M)
+
+
+def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Loss of each token, in float32 or wider, and whether its target had the largest logit."""
+
+    def chunk(operands):
+        x, targets = operands
+        logits_MV = product("md,vd->mv", x, head_VD, accumulator(x.dtype))
+        log_normalizers = jax.nn.logsumexp(logits_MV, axis=-1)
+        losses = log_normalizers - jnp.take_along_axis(logits_MV, targets[:, None], axis=-1)[:, 0]
+        return losses, jnp.argmax(logits_MV, axis=-1) == targets
+
+    M = x_MD.shape[0]
+    x_CMD, targets_CM, _ = _chunks(x_MD, targets_M)
+    losses_CM, correct_CM = jax.lax.map(chunk, (x_CMD, targets_CM))
+    return losses_CM.reshape(-1)[:M], correct_CM.reshape(-1)[:M]
+
+
+def _chunks(x_MD, targets_M):
+    """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
+    M, D = x_MD.shape
+    count = math.ceil(M / machine().tokens_at_once)
+    rows = math.ceil(M / count)
+    padding = count * rows - M
+    weights_M = jnp.pad(jnp.full((M,), 1.0 / M, accumulator(x_MD.dtype)), (0, padding))
+    x_MD, targets_M = jnp.pad(x_MD, ((0, padding), (0, 0))), jnp.pad(targets_M, (0, padding))
+    return x_MD.reshape(count, rows, D), targets_M.reshape(count, rows), weights_M.reshape(count, rows)
+
+
+def _cross_entropy_forward(x_MD, head_VD, targets_M):
+    wide = accumulator(x_MD.dtype)
+    head = head_VD.astype(x_MD.dtype)
+
+    def chunk(carry, operands):
+        loss, grad_head_DV = carry
+        x, targets, weights = operands
+        logits_MV = product("md,vd->mv", x, head, wide)
+        peak = jnp.max(logits_MV, axis=-1, keepdims=True)
+        exponentials = jnp.exp(logits_MV - peak)
+        total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        hit = jnp.take_along_axis(logits_MV, targets[:, None], axis=-1)
+        loss += jnp.sum((jnp.log(total) + peak - hit)[:, 0] * weights)
+        is_target = targets[:, None] == jnp.arange(logits_MV.shape[-1])
+        grad_logits = ((exponentials / total - is_target) * weights[:, None]).astype(x.dtype)
+        grad_x = product("mv,vd->md", grad_logits, head, x.dtype)
+        # Summed as (D, V): so it is x that has to be transposed and not the logits.
+        return (loss, grad_head_DV + product("dm,mv->dv", in_memory(x, (1, 0)), grad_logits, wide)), grad_x
+
+    x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M)
+    start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape[::-1], wide))
+    (loss, grad_head_DV), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
+    grad_x_MD = grad_x_CMD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
+    return loss, (grad_x_MD, grad_head_DV.T.astype(head_VD.dtype))
+
+
+def _cross_entropy_backward(residuals, cotangent):
+    grad_x_MD, grad_head_VD = residuals
+    return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), grad_head_VD * cotangent, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
