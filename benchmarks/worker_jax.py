@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from benchmarks.worker import PROBE, Part, serve
-from jax_impl import model, random
+from jax_impl import attention, loss, random
+from jax_impl.backend import machine
 from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_all
 from jax_impl.train import Trainer, make_optimizer
 from recipe.config import RunConfig
@@ -23,11 +24,10 @@ class JaxSide:
         self.config = config
         self.trainer = Trainer(config, weights)
         precision = config.precision
-        self.fused = precision.attention == "fused" and model.has_fused_attention(precision.compute)
-        self.fused = self.fused and not config.model.dropout
+        self.fused = attention.attention_in_use(precision, config.model.dropout) == "fused"
 
     def describe(self) -> dict:
-        config, backend = self.config, jax.default_backend()
+        config, backend = self.config, machine().platform
         precision = config.precision
         with jax.default_matmul_precision(precision.matmul):
             product = jnp.full((256, 256), PROBE, jnp.float32) @ jnp.eye(256, dtype=jnp.float32)
@@ -42,8 +42,8 @@ class JaxSide:
             "dropout": config.model.dropout,
             "matmul": precision.matmul,
             "x64": jax.config.jax_enable_x64,
-            "attention": "cuDNN flash" if self.fused else f"blocks of {model.QUERY_BLOCK} queries",
-            "loss": f"float32 logits of {model.tokens_at_once()} tokens at once",
+            "attention": "cuDNN flash" if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
+            "loss": f"float32 logits of {machine().tokens_at_once} tokens at once",
         }
         return {"contract": contract, "environment": self.trainer.environment}
 
@@ -63,15 +63,15 @@ class JaxSide:
         dtype = jnp.dtype(self.config.precision.compute)
         key = jax.random.key(self.config.seed)
         x, y = (jax.random.normal(k, (size, size), jnp.float32).astype(dtype) for k in jax.random.split(key))
-        # As `jax_impl.model.contract` does: XLA's CPU backend has bfloat16 kernels only for float32 results.
-        result = jnp.float32 if jax.default_backend() == "cpu" else dtype
+        # As `jax_impl.products.product` does: XLA's CPU backend has bfloat16 kernels only for float32 results.
+        result = jnp.float32 if machine().lays_out_products else dtype
         multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=result))
         return self._repeat(lambda: multiply(x, y))
 
     def _repeat(self, *calls: Callable) -> Callable[[int], None]:
         """A function that makes these calls so many times, under the configured precision, and waits."""
         # Dispatch is asynchronous, and the CPU backend would run calls that do not depend on each other side by side.
-        wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda out: out
+        wait = jax.block_until_ready if machine().platform == "cpu" else lambda out: out
 
         def run(count: int) -> None:
             with jax.default_matmul_precision(self.config.precision.matmul):
@@ -117,7 +117,7 @@ class JaxSide:
         head_VD = normal(shape.vocab_size, shape.hidden_size).astype(config.precision.params)
         x_MD, targets_M = normal(B * T, shape.hidden_size), jnp.arange(B * T) % shape.vocab_size
         # Loss and gradients are both returned: what is not needed would not be computed.
-        cross_entropy = jax.jit(jax.value_and_grad(model.cross_entropy, argnums=(0, 1)))
+        cross_entropy = jax.jit(jax.value_and_grad(loss.cross_entropy, argnums=(0, 1)))
 
         key = random.key(config.seed) if shape.dropout else None
         q_BTNH, out_grad = (normal(B, T, shape.num_attention_heads, shape.head_dim) for _ in range(2))
@@ -127,8 +127,8 @@ class JaxSide:
         def attend(q_BTNH, k_BSKH, v_BSKH, out_grad, window):
             def forward(q, k, v):
                 if self.fused:
-                    return model.fused_attention(q, k, v, window=window)
-                return model.attention(q, k, v, window=window, rate=shape.dropout, key=key)
+                    return attention.fused_attention(q, k, v, window=window)
+                return attention.attention(q, k, v, window=window, rate=shape.dropout, key=key)
 
             out_BTNH, pull_back = jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH)
             return out_BTNH, pull_back(out_grad)

@@ -18,6 +18,8 @@ from benchmarks.worker import PROBE, Part, serve
 from harness.folders import to_hf_config
 from recipe.config import RunConfig, require
 from recipe.params import param_specs
+from torch_ref import attention as reference_attention
+from torch_ref import loss as reference_loss
 from torch_ref import model as reference_model
 from torch_ref import muon as reference_muon
 from torch_ref import random
@@ -67,7 +69,7 @@ class TorchSide:
             "bfloat16_sums": "bfloat16 allowed"
             if torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
             else "float32",
-            "attention": "SDPA" if self.fused else f"blocks of {reference_model.QUERY_BLOCK} queries",
+            "attention": "SDPA" if self.fused else f"blocks of {reference_attention.QUERY_BLOCK} queries",
             "loss": f"all logits, stored in {precision.compute}",
         }
         return {"contract": contract, "environment": self.environment}
@@ -156,14 +158,14 @@ class TorchSide:
         return contextlib.nullcontext()
 
     def cross_entropy(self, x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
-        return reference_model.cross_entropy(x_MD, head_VD, targets_M)
+        return reference_loss.cross_entropy(x_MD, head_VD, targets_M)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, *, window: int | None) -> torch.Tensor:
         if self.fused:
-            return reference_model.fused_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+            return reference_attention.fused_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
         rate = self.config.model.dropout
         key = random.key(self.config.seed) if rate else None
-        return reference_model.attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
+        return reference_attention.attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
 
     def orthogonalize(self) -> Callable | None:
         """A function of a list of matrices; None where it cannot be told from the optimizer."""

@@ -99,7 +99,8 @@ class Qwen3Attention(nnx.Module):
     """Projections, QK-norm, RoPE, attention, output projection."""
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, layer: int) -> None:
-        D, H, dtype, bias = config.hidden_size, config.head_dim, precision.params, config.attention_bias
+        D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
+        dtype = precision.params
         self.q_proj = Linear(D, config.num_attention_heads * H, bias=bias, dtype=dtype)
         self.k_proj = Linear(D, config.num_key_value_heads * H, bias=bias, dtype=dtype)
         self.v_proj = Linear(D, config.num_key_value_heads * H, bias=bias, dtype=dtype)
@@ -183,9 +184,10 @@ class Qwen3Model(nnx.Module):
     """Embedding, blocks, final norm."""
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig) -> None:
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=precision.params)
+        dtype = precision.params
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nnx.List([Qwen3DecoderLayer(config, precision, i) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=precision.params)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.config, self.dtype, self.remat = config, precision.compute, precision.remat
 
     def __call__(
@@ -213,8 +215,8 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig) -> None:
         self.model = Qwen3Model(config, precision)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=precision.params)
+        tied, dtype = config.tie_word_embeddings, precision.params
+        self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.config = config
 
     @property

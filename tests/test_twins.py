@@ -1,0 +1,110 @@
+"""The twins are twins: same files, same public names in the same order, and the exceptions with their reasons."""
+
+import ast
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+JAX, TORCH = ROOT / "jax_impl", ROOT / "torch_ref"
+
+ONE_SIDED_FILES = {"backend.py": "what is fast on one machine is a matter of JAX's alone"}
+ONE_SIDED = {
+    "attention.py": {"chunk_count": "XLA must be told to stay in the caches"},
+    "generate.py": {
+        "HeldLinear": "XLA multiplies few rows faster with the weights first; torch's layout is that already",
+        "held_dtype": "XLA's CPU backend has no fast bfloat16 product of a matrix and a vector",
+        "held_params": "JAX keeps parameters and structure apart, torch has both in `held_model`",
+        "held_structure": "as held_params",
+        "held_model": "as held_params",
+    },
+    "loss.py": {"logits": "JAX's product needs no second rounding, so the model calls `product` itself"},
+    "muon.py": {
+        "ScaleByMuonState": "optax keeps a transformation's state apart",
+        "scale_by_muon": "a transformation in optax, a method of `Muon` in torch",
+        "scale_by_fan_ratio": "as scale_by_muon; torch's is `fan_ratio`",
+        "fan_ratio": "as scale_by_fan_ratio",
+        "muon": "an alias in optax; torch's is the class `Muon`",
+        "Muon": "as muon",
+        "scale_by_adam": "optax's bias correction is too coarse; torch's own AdamW is not",
+        "label_params": "optax partitions by label, torch by groups of parameters",
+        "muon_with_adamw": "torch's is the class `MuonWithAdamW`",
+        "MuonWithAdamW": "as muon_with_adamw",
+        "takes_batches": "in JAX a field of `backend.Machine`",
+    },
+    "products.py": {
+        "in_memory": "XLA's CPU backend has fast kernels for one layout",
+        "product_held": "as in_memory",
+    },
+    "random.py": {
+        "Key": "jax.random has a type of its own",
+        "threefry_2x32": "jax.random brings Threefry, torch does not",
+    },
+    "weights.py": {
+        "Params": "in torch a module holds its parameters",
+        "hf_name": "a Flax kernel has another name than Hugging Face's weight; torch's names are Hugging Face's",
+        "flax_path": "as hf_name",
+        "to_array": "torch has no NumPy bfloat16",
+        "model_structure": "JAX keeps parameters and structure apart",
+        "bind": "as model_structure",
+    },
+}
+"""Public names that one twin alone has, and why."""
+
+
+def public(file: Path) -> list[str]:
+    """Functions, classes and constants at the top of a file, in order, without private ones."""
+    names = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def differences(ours: list[str], theirs: list[str], exceptions: dict[str, str]) -> list[str]:
+    """What is out of order or on one side alone, exceptions left out; and exceptions that are none."""
+    alike = [[name for name in names if name not in exceptions] for names in (ours, theirs)]
+    wrong = [line for line in difflib.ndiff(*alike) if line[0] in "+-"]
+    return wrong + [f"no exception: {name}" for name in exceptions if (name in ours) == (name in theirs)]
+
+
+def common_words(ours: str, theirs: str) -> float:
+    """Share of words and signs that two texts have in common, in order."""
+    a, b = (re.findall(r"\w+|[^\w\s]", text) for text in (ours, theirs))
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return 2 * sum(block.size for block in blocks) / (len(a) + len(b))
+
+
+def test_the_same_files():
+    ours, theirs = ({file.name for file in half.glob("*.py")} for half in (JAX, TORCH))
+    assert ours ^ theirs == set(ONE_SIDED_FILES)
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in TORCH.glob("*.py") if file.name != "__init__.py"))
+def test_the_same_names_in_the_same_order(name):
+    assert differences(public(JAX / name), public(TORCH / name), ONE_SIDED.get(name, {})) == []
+
+
+def test_the_comparison_can_fail():
+    assert differences(["a", "b"], ["b", "a"], {}) and differences(["a"], [], {}) and differences([], ["a"], {})
+    assert differences(["a"], ["a"], {"a": "why"}) == ["no exception: a"]
+    assert differences(["a", "b"], ["b"], {"a": "why"}) == []
+
+
+def test_only_the_table_of_machines_asks_for_the_backend():
+    asking = {file.name for file in JAX.rglob("*.py") if re.search(r"default_backend|\.platform\b", file.read_text())}
+    assert asking - {"attention.py", "train.py"} == {"backend.py"}  # those two print the platform, and decide nothing
+    assert "default_backend" not in (JAX / "attention.py").read_text() + (JAX / "train.py").read_text()
+
+
+def test_the_model_files_can_be_read_side_by_side():
+    """docs/tour.md quotes the figures: `python -m pytest tests/test_twins.py -s` prints them."""
+    ours, theirs = (half / "model.py" for half in (JAX, TORCH))
+    lines = [len(file.read_text().splitlines()) for file in (ours, theirs)]
+    share = common_words(ours.read_text(), theirs.read_text())
+    print(f"model.py: {lines[0]} and {lines[1]} lines, {share:.1%} of words in common")
+    assert max(lines) <= 250 and share >= 0.85
