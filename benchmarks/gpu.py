@@ -2,7 +2,8 @@
 
 A stage is one or a few commands, each a process of its own, so that one at a time holds the GPU. A command that fails
 or runs out of time keeps what it has written, and the next one begins; run again, a stage does only what is not done.
-`--dry_run True` runs the same commands on the CPU, at a size that shows that they run and nothing else.
+`--dry_run True` runs the same commands on the CPU, at a size that shows that they run and nothing else; without it a
+machine that has no GPU is refused.
 """
 
 import datetime
@@ -16,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import machine
 from harness.cli import parse, run
 from harness.plot import plot_runs
 from harness.runlog import read_metrics
@@ -28,13 +31,18 @@ from recipe.config import require
 ROOT = Path(__file__).resolve().parents[1]
 
 PREAMBLE = """
-import flax.nnx, importlib.metadata, json, jax, torch
+import flax.nnx, importlib.metadata, json, jax, os, sys, torch
 names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 print(json.dumps({name: importlib.metadata.version(name) for name in names} | {
     "jax devices": [device.device_kind for device in jax.devices()], "torch cuda": torch.version.cuda,
     "torch device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}))
+seen = {"JAX": jax.default_backend() == "gpu", "torch": torch.cuda.is_available()}
+blind = [name for name, there in seen.items() if not there]
+if blind and os.environ.get("PARITY_DEVICE") != "cpu":
+    sys.exit(f"{' and '.join(blind)} cannot use the GPU; install the CUDA builds (pip install -e '.[cuda,torch]').")
 """
-"""Run before every stage. flax.nnx comes first: it is what an unfit pair of flax and jax breaks."""
+"""Run before every stage. flax.nnx comes first: it is what an unfit pair of flax and jax breaks. A framework that
+cannot use the GPU ends the stage, which would otherwise time the CPU for hours."""
 
 BENCH = "-m benchmarks.throughput --out {out} --exclusive True --dtype bfloat16 --newton_schulz bfloat16"
 SEED = f"{BENCH} --preset seed --batch_size 24 --sequence_length 512 --accumulation 4 --rounds 6"
@@ -91,6 +99,8 @@ DRY_ENVIRONMENT = {
 
 # Seconds between asking a command to stop and making it.
 GRACE = 30
+ALL_SKIPPED = 5
+"""Recorded for tests that were all skipped: pytest's own exit code where it has run none."""
 NOTEBOOK = "| the notebook, its own corpus and tokenizer | 1.1146 | 75.12% | 3.05 | 743.7 on a T4 |"
 """What the seed notebook printed at the end of its run, on leaking windows."""
 
@@ -125,6 +135,15 @@ def arguments(name: str, text: str, out: Path, *, dry: bool) -> list[str]:
     if words[0].startswith("train") and (out / name / "run.json").exists():
         return [words[0], "--resume", str(out / name)]
     return words + [word for key, extra in DRY.items() if dry and key in text for word in shlex.split(extra)]
+
+
+def all_skipped(results: Path) -> bool:
+    """Whether pytest's JUnit file counts tests, all of them skipped: exit code 0 then says nothing."""
+    if not results.exists():
+        return False
+    suites = list(ElementTree.parse(results).getroot().iter("testsuite"))
+    tests, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "skipped"))
+    return tests == skipped
 
 
 def run_command(name: str, words: list[str], log: Path, *, seconds: float, dry: bool) -> int:
@@ -182,6 +201,9 @@ def run_stage(stage: str, out: Path, *, limit: float, dry: bool) -> bool:
             complete = False
             continue
         code = run_command(name, arguments(name, text, out, dry=dry), out / f"{name}.log", seconds=left, dry=dry)
+        if code == 0 and all_skipped(out / f"{name}.xml"):
+            print(f"--- {name}: every test was skipped, so nothing has been shown; the log says why", flush=True)
+            code = ALL_SKIPPED
         seconds = round(time.monotonic() - began, 1)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         status[name] = {"code": code, "seconds": seconds, "date": date}
@@ -223,6 +245,11 @@ def main(argv: list[str]) -> int:
     """Run the stages; 0 if all they should do is done, else 1."""
     describe = "Run what needs a GPU, in stages that can be repeated."
     options = parse(GpuConfig, argv, prog="benchmarks.gpu", description=describe)
+    require(
+        options.dry_run or machine.has_gpu(),
+        "this machine shows no NVIDIA GPU, and on a CPU the stages would take hours and prove nothing; run it where "
+        "there is one, or --dry_run True to see that everything runs.",
+    )
     if options.out or not options.dry_run:
         out = Path(options.out or f"benchmarks/results/gpu-{str(git_commit())[:12]}").resolve()
     else:

@@ -63,6 +63,17 @@ def reset_peak_memory() -> bool:
     return True
 
 
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a GPU: its device file or, where there are none (WSL), its own listing."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return listing.stdout.startswith("GPU ")
+
+
 def gpu_state() -> dict[str, Any] | None:
     """Utilisation (a share), bytes in use, SM clock and temperature of the first NVIDIA GPU; None without one."""
     fields = "name,utilization.gpu,memory.used,clocks.sm,temperature.gpu,driver_version"

@@ -18,7 +18,7 @@ import numpy as np
 
 from harness.folders import load_folder, save_folder, to_hf_config
 from harness.plot import plot_runs
-from harness.runlog import RunLog
+from harness.runlog import RunLog, check_tensorboard
 from harness.state import TrainingState, clear_scratch, find_state, load_state, save_state
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, RunConfig, require, to_dict
@@ -122,6 +122,8 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
     """
     folder, state = Path(config.out), None
     to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
+    if config.tensorboard:
+        check_tensorboard()
     if config.resume:
         state = load_state(find_state(folder))
         finished = state.position == config.steps and (folder / "loss.png").exists()

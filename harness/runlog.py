@@ -1,9 +1,10 @@
-"""The log of a run: run.json, metrics.jsonl, TensorBoard events, lines or a bar on the terminal."""
+"""The log of a run: run.json, metrics.jsonl, TensorBoard events if asked for, lines or a bar on the terminal."""
 
 import contextlib
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.events import EventFile
 from harness.surroundings import surroundings
-from recipe.config import RunConfig, require, to_dict
+from recipe.config import RunConfig, UserError, require, to_dict
 
 
 def step_line(
@@ -75,7 +75,8 @@ class RunLog:
                 self._elapsed = trained[-1]["seconds"]
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._write({"kind": "resume", "step": resume_at} | about)
-        self._events = EventFile(self.folder, first_step=0 if resume_at is None else resume_at + 1)
+        first_step = 0 if resume_at is None else resume_at + 1
+        self._events = EventFile(self.folder, first_step) if config.tensorboard else None
         progress = dict(unit="step", disable=None, dynamic_ncols=True, leave=True)
         self._bar = tqdm(total=config.steps, initial=self._last_step, **progress)
         self._show_lines = self._bar.disable or not sys.stdout.isatty()
@@ -140,7 +141,8 @@ class RunLog:
         """Close the bar and the files; they are complete up to the last record at any time."""
         self._bar.close()
         self._metrics.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -154,7 +156,8 @@ class RunLog:
         """One flushed line of JSON, in which a value that is not finite is null, and the same values as events."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write({"kind": kind, "step": step} | dict.fromkeys(values) | finite)
-        self._events.add_scalars(step, {f"{kind}/{name}": value for name, value in finite.items()})
+        if self._events is not None:
+            self._events.add_scalars(step, {f"{kind}/{name}": value for name, value in finite.items()})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(record) + "\n")
@@ -165,6 +168,49 @@ class RunLog:
             print(line, flush=True)
         else:
             self._bar.write(line)  # moves the bar out of the way
+
+
+class EventFile:
+    """A TensorBoard event file; `tensorboard --logdir` on its folder, or on one above it, shows its scalars.
+
+    Of the package `tensorboard` it uses the messages and the record writer, which import no framework. Its
+    `EventFileWriter` would import TensorFlow where that is installed, and writes from a thread, some seconds late.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        """A file that goes on with earlier ones names its `first_step`: from there TensorBoard forgets theirs."""
+        check_tensorboard()
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # half a second, for whoever asks for events only
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._file = RecordWriter(open(folder / f"events.out.tfevents.{time.time():.6f}", "xb"))  # noqa: SIM115
+        self._write(file_version="brain.Event:2")
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=first_step, session_log=start)
+
+    def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Write one event with a value (stored in float32) per tag."""
+        values = [self._summary.Value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def _write(self, **content) -> None:
+        self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def check_tensorboard() -> None:
+    """Raise `UserError` if the package that writes events is not installed."""
+    try:
+        import tensorboard  # noqa: F401 (loads nothing but its version)
+    except ImportError:
+        remedy = "run: pip install -e '.[tensorboard]', or leave the flag out"
+        raise UserError(f"--tensorboard True needs tensorboard, which is not installed; {remedy}.") from None
 
 
 @dataclass

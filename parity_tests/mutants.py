@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.cli import parse, run
+from harness.surroundings import git_commit
 from parity_tests.mutant_catalogue import EQUIVALENT, MUTANTS, Mutant
 from recipe.config import require
 
@@ -74,7 +75,7 @@ def table(outcomes: list[Outcome]) -> str:
         "while Python imports the module, and the first test that failed under it. The edits are in",
         "`parity_tests/mutant_catalogue.py`.",
         "",
-        f"{caught} of {len(outcomes)} caught.",
+        f"{caught} of {len(outcomes)} caught. Of commit {git_commit()}.",
         "",
         "| seeded bug | in | caught by | what the test said |",
         "|---|---|---|---|",

@@ -2,14 +2,16 @@
 
 import base64
 import dataclasses
+import datetime
 import functools
-import html
 import io
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jinja2
 
 from harness.surroundings import git_commit, installed_versions
 from parity_tests.contract import PrecisionContract
@@ -21,6 +23,9 @@ COLOURS = {
     "candidate": "#1f77b4",
     "reference": "#ff7f0e",
 }
+BEYOND = "x: beyond its allowance"
+EXACT = "at the foot: exactly 0"
+INFINITE = "at the top: infinite (wrong shape, or not a number)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,28 @@ class Row:
         """Sides whose error exceeds their allowance."""
         return [side for side, error in self.errors.items() if not error <= self.allowances[side]]
 
+    def share(self, side: str) -> float:
+        """The side's error over its allowance; 0 of an exact tensor, whatever its allowance."""
+        error, allowance = self.errors[side], self.allowances[side]
+        return error / allowance if allowance else (math.inf if error else 0.0)
+
+
+class Summary(NamedTuple):
+    """One side in one phase and dtype."""
+
+    dtype: str
+    phase: str
+    side: str
+    tensors: int
+    largest: float
+    """Largest relative error of any tensor."""
+    share: float
+    """Largest error over its allowance, which need not be the same tensor's."""
+    where: str
+    """The tensor that has this share."""
+    beyond: int
+    """Tensors beyond their allowance."""
+
 
 class Divergence(NamedTuple):
     """The first tensor, in execution order, that some side has beyond its allowance."""
@@ -56,16 +83,20 @@ class Divergence(NamedTuple):
         """Several lines: the tensor, its error, its operation, the errors of what it was computed from."""
         row, side = self.row, self.side
         error, allowance = row.errors[side], row.allowances[side]
-        times = f" ({error / allowance:.3g} times)" if allowance else ""
+        times = f" ({error / allowance:.2e} times)" if allowance else ""
         lines = [f"first divergence: {row.name} in {side}, {row.dtype}"]
         lines.append(f"  relative error {error:.3e}, allowance {allowance:.3e}{times}")
         if side in row.details:
             lines.append(f"  {row.details[side]}")
         if row.operation:
             lines.append(f"  operation: {row.operation}")
+        # Without known operations `inputs` is only the row before, be it a weight of another layer.
+        which = "from" if row.operation else "the tensor compared just before this one,"
         for one in self.inputs:
             if side in one.errors:
-                lines.append(f"  from {one.name}: error {one.errors[side]:.3e}, allowance {one.allowances[side]:.3e}")
+                within = "beyond" if side in one.beyond else "within"
+                found = f"error {one.errors[side]:.3e}, {within} its allowance {one.allowances[side]:.3e}"
+                lines.append(f"  {which} {one.name}: {found}")
         return "\n".join(lines)
 
 
@@ -102,17 +133,30 @@ class Report:
         tensors = {(row.dtype, row.name) for row in self.rows}
         return f"no divergence: all {len(tensors)} tensors within what rounding explains"
 
-    def table(self) -> str:
-        """One line per dtype, phase and side: tensors, largest error, largest share of the allowance and where."""
-        lines = [f"{'dtype':9} {'phase':9} {'side':13} {'tensors':>7} {'largest error':>13} {'/ allowance':>11}  where"]
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What was compared when: commit, date, versions of the libraries."""
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {"commit": git_commit(), "date": date, "versions": installed_versions()}
+
+    def summary(self) -> list[Summary]:
+        """A line per dtype, phase and side."""
+        lines = []
         for (dtype, phase), rows in self._phases().items():
             for side in dict.fromkeys(side for row in rows for side in row.errors):
                 mine = [row for row in rows if side in row.errors]
-                worst = max(mine, key=lambda row: _share(row, side))
-                largest, share = max(row.errors[side] for row in mine), _share(worst, side)
-                lines.append(
-                    f"{dtype:9} {phase:9} {side:13} {len(mine):7d} {largest:13.2e} {share:11.2f}  {worst.name}"
-                )
+                worst = max(mine, key=lambda row: row.share(side))
+                largest, beyond = max(row.errors[side] for row in mine), sum(side in row.beyond for row in mine)
+                lines.append(Summary(dtype, phase, side, len(mine), largest, worst.share(side), worst.name, beyond))
+        return lines
+
+    def table(self) -> str:
+        """The summary as text."""
+        header = f"{'dtype':9} {'phase':9} {'side':13} {'tensors':>7} {'largest error':>13} {'/ allowance':>11} "
+        lines = [header + f"{'beyond':>6}  where"]
+        for line in self.summary():
+            text = f"{line.dtype:9} {line.phase:9} {line.side:13} {line.tensors:7d} {line.largest:13.2e} "
+            lines.append(text + f"{line.share:11.2e} {line.beyond:6d}  {line.where}")
         return "\n".join(lines)
 
     def _phases(self) -> dict[tuple[str, str], list[Row]]:
@@ -133,8 +177,7 @@ class Report:
             "title": self.title,
             "equal": divergence is None,
             "first_divergence": found,
-            "commit": git_commit(),
-            "versions": installed_versions(),
+            **self.about,
             "settings": self.settings,
             "contracts": {side: dataclasses.asdict(contract) for side, contract in self.contracts.items()},
             "notes": self.notes,
@@ -153,34 +196,21 @@ class Report:
         return pictures
 
     def to_html(self) -> str:
-        """One file that needs no other: verdict, contracts, pictures, the table of every tensor."""
-        sides = list(dict.fromkeys(side for row in self.rows for side in row.errors))
-        images = "".join(
-            f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-            for name, data in self.pictures().items()
-        )
-        fields = [field.name for field in dataclasses.fields(PrecisionContract) if field.name != "side"]
-        contracts = [[field, *(getattr(c, field) for c in self.contracts.values())] for field in fields]
-        header = [f"{side}: {what}" for side in sides for what in ("error", "allowance")]
-        body = []
-        for row in self.rows:
-            cells = [row.dtype, row.name, "×".join(map(str, row.shape)) or "scalar"]
-            for side in sides:
-                cells += [f"{kind[side]:.2e}" if side in kind else "" for kind in (row.errors, row.allowances)]
-            body.append((cells, "beyond" if row.beyond else ""))
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return _PAGE.format(
-            title=html.escape(self.title),
-            kind="equal" if self.exit_code == 0 else "beyond",
-            verdict=html.escape(self.verdict()),
-            summary=html.escape(self.table()),
-            settings=html.escape(json.dumps(self.settings)),
-            notes=notes,
+        """One file that needs no other: verdict, what was compared, pictures, contracts, the table of every tensor."""
+        images = {name: base64.b64encode(data).decode() for name, data in self.pictures().items()}
+        return _template().render(
+            title=self.title,
+            equal=self.exit_code == 0,
+            verdict=self.verdict(),
+            about=self.about,
+            summary=self.summary(),
+            notes=self.notes,
             images=images,
-            contracts=_html_table(["", *self.contracts], [(cells, "") for cells in contracts])
-            if self.contracts
-            else "",
-            rows=_html_table(["dtype", "tensor", "shape", *header], body),
+            contracts={side: dataclasses.asdict(contract) for side, contract in self.contracts.items()},
+            fields=[field.name for field in dataclasses.fields(PrecisionContract) if field.name != "side"],
+            settings=json.dumps(_finite(self.settings)),
+            sides=list(dict.fromkeys(side for row in self.rows for side in row.errors)),
+            rows=self.rows,
         )
 
     def show(self, folder: str | Path = "") -> None:
@@ -211,9 +241,12 @@ def step_of(name: str) -> int | None:
     return int(words[1]) if phase_of(name) == "step" else None
 
 
-def _share(row: Row, side: str) -> float:
-    error, allowance = row.errors[side], row.allowances[side]
-    return error / allowance if allowance else (math.inf if error else 0.0)
+def _template() -> jinja2.Template:
+    """The page; names and notes come from whoever compares, so everything is escaped."""
+    options = dict(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(**options)
+    environment.filters["number"] = "{:.2e}".format
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
 
 
 def _finite(value):
@@ -244,6 +277,24 @@ def _lines(axes, positions, values, label: str, **style) -> None:
     axes.plot(positions, shown, label=label, **style)
 
 
+def _edges(axes, positions, values, colour: str | None) -> None:
+    """Errors without a place on a logarithmic axis: exact tensors along its foot, infinite errors along its top."""
+    at_edge = dict(transform=axes.get_xaxis_transform(), linestyle="", color=colour, clip_on=False, alpha=0.7)
+    for limit, height, marker, label in ((0.0, 0.0, "v", EXACT), (math.inf, 1.0, "^", INFINITE)):
+        here = [position for position, value in zip(positions, values, strict=True) if value == limit]
+        if here:
+            axes.plot(here, [height] * len(here), marker=marker, markersize=4, label=label, **at_edge)
+
+
+def _say_if_empty(axes) -> None:
+    """A panel whose every error is at an edge says so, instead of showing an axis with nothing on it."""
+    drawn = (value for line in axes.lines if line.get_label() not in (EXACT, INFINITE) for value in line.get_ydata())
+    if not any(0 < value < math.inf for value in drawn):
+        axes.set_yticks([])
+        at = dict(transform=axes.transAxes, ha="center", va="center", fontsize=9)
+        axes.text(0.5, 0.5, "no error here has a place on a logarithmic axis: see the marks at foot and top", **at)
+
+
 def _depth_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
     phases = [phase for phase in dict.fromkeys(phase_of(row.name) for row in rows) if phase != "step"]
     figure, panels = _figure(f"{title}: relative error against the float64 truth, {dtype}", 9, len(phases))
@@ -253,15 +304,17 @@ def _depth_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
             here = [(index, row) for index, row in enumerate(mine) if side in row.errors]
             positions, colour = [index for index, _ in here], COLOURS.get(side)
             errors, allowances = ([getattr(row, kind)[side] for _, row in here] for kind in ("errors", "allowances"))
-            _lines(axes, positions, errors, side, color=colour, marker=".", linewidth=1, markersize=4)
-            _lines(axes, positions, allowances, f"{side}: allowance", color=colour, linestyle=":", linewidth=1)
+            _lines(axes, positions, errors, f"{side}: error", color=colour, marker=".", linewidth=1, markersize=4)
+            _lines(axes, positions, allowances, f"{side}: allowance (dotted)", color=colour, linestyle=":", linewidth=1)
+            _edges(axes, positions, errors, colour)
             beyond = [(index, row.errors[side]) for index, row in here if side in row.beyond]
             if beyond:
-                _lines(axes, *zip(*beyond, strict=True), f"{side}: beyond", color="red", marker="x", linestyle="")
+                _lines(axes, *zip(*beyond, strict=True), BEYOND, color="red", marker="x", linestyle="")
         ticks = _ticks(mine)
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=30, ha="right", fontsize=7)
         axes.set(yscale="log", ylabel=phase)
         axes.grid(alpha=0.3)
+        _say_if_empty(axes)
     handles = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
     return _png(figure)
@@ -283,40 +336,10 @@ def _step_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
             mine = [row for row in rows if row.name.split(" ")[2] == kind and side in row.errors]
             largest = [max(row.errors[side] for row in mine if step_of(row.name) == step) for step in steps]
             _lines(axes, steps, largest, f"{side}: {kind}", color=COLOURS.get(side), marker=marker, linewidth=1)
+            _edges(axes, steps, largest, COLOURS.get(side))
     axes.set(yscale="log", xlabel="optimizer step", xticks=steps)
+    _say_if_empty(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    handles = {line.get_label(): line for line in axes.lines}
+    axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2)
     return _png(figure)
-
-
-def _html_table(header: list[str], rows: list[tuple[list, str]]) -> str:
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>\n"
-        for cells, kind in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-pre {{ background: #f4f4f4; padding: 0.8rem; overflow-x: auto; }}
-pre.equal {{ border-left: 6px solid #2a7; }} pre.beyond {{ border-left: 6px solid #c22; }}
-table {{ border-collapse: collapse; font-size: 12px; }} td, th {{ padding: 2px 8px; text-align: left; }}
-tr.beyond td {{ background: #fbd5d5; }} tr:nth-child(even) {{ background: #f8f8f8; }} img {{ max-width: 100%; }}
-</style></head><body>
-<h1>{title}</h1>
-<pre class="{kind}">{verdict}</pre>
-<pre>{summary}</pre>
-<ul>{notes}</ul>
-{images}
-<h2>Precision contracts</h2>
-{contracts}
-<p>Settings: {settings}</p>
-<h2>Every tensor, in execution order</h2>
-<p>Error: Frobenius norm of the difference from the float64 truth, over the norm of the truth. A row beyond its
-allowance is red.</p>
-{rows}
-</body></html>
-"""

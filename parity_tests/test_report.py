@@ -1,6 +1,7 @@
 """The report finds the first tensor that rounding does not explain, and only then; on our models and on others'."""
 
 import dataclasses
+import html.parser
 import json
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import jax_impl.products
 import parity_tests.sides
 from harness.folders import save_folder
 from parity_tests import example, twins
+from parity_tests import report as report_module
 from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
 from parity_tests.compare import compare
 from parity_tests.contract import MUST_AGREE, process_contract, require_same
-from parity_tests.report import Report
+from parity_tests.report import EXACT, INFINITE, Report, Row
 from recipe.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,101 @@ def test_a_report_is_written_whole(everything, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures) and "http" not in page.replace("http-equiv", "")
     assert all(row.name in page for row in found.rows)
+
+
+def made_up() -> Report:
+    """Three tensors of two sides: exact, within, and far beyond in one side alone; names that HTML must escape."""
+    limits = {"jax": 1e-15, "torch": 1e-15}
+    rows = [
+        Row("float64", "forward a<b>", (2, 3), {"jax": 0.0, "torch": 0.0}, limits),
+        Row("float64", "forward b", (), {"jax": 1.5e-2, "torch": 4e-16}, limits, details={"jax": "worst at (0,)"}),
+        Row("float64", "backward c", (5,), {"torch": 5e-16}, limits, inputs=("forward b",)),
+    ]
+    return Report("a & b", rows, notes=["<script>"], settings={"eps": 1e-6})
+
+
+class Page(html.parser.HTMLParser):
+    """The rows of a page's tables, as (class, cells), and its tags in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows, self.tags = [], [""]
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append((dict(attributes).get("class", ""), []))
+        elif tag in ("td", "th"):
+            self.rows[-1][1].append("")
+
+    def handle_endtag(self, tag):
+        self.tags.append("/" + tag)
+
+    def handle_data(self, data):
+        if self.tags[-1] in ("td", "th"):
+            self.rows[-1][1][-1] += data
+
+
+def test_the_page_says_the_verdict_first_and_marks_what_fails():
+    found = made_up()
+    text = found.to_html()
+    page = Page(text)
+    assert text.count('class="verdict beyond"') == 1 and "script" not in page.tags and "b" not in page.tags
+    order = [text.index(part) for part in ("<h1>", ">Divergence<", found.about["commit"], "numpy ", "<table", "<img")]
+    assert order == sorted(order)
+    failing = [cells for kind, cells in page.rows if kind == "beyond"]
+    # One line of the summary (dtype, phase, side) and one tensor.
+    assert [cells[:3] for cells in failing] == [["float64", "forward", "jax"], ["float64", "forward b", "scalar"]]
+    assert failing[0][-1] == "1 beyond" and failing[1][-1] == "beyond: jax"
+    assert failing[1][3:6] == ["1.50e-02", "1.00e-15", "1.50e+13"]
+    (exact,) = [cells for _, cells in page.rows if cells[1:2] == ["forward a<b>"]]
+    assert exact[2] == "2×3" and exact[3] == exact[5] == "0.00e+00" and exact[-1] == ""
+    (one_side,) = [cells for _, cells in page.rows if cells[1:2] == ["backward c"]]
+    assert one_side[3:6] == ["", "", ""] and one_side[8] == "5.00e-01"
+
+
+def test_an_equal_page_has_no_row_marked():
+    found = made_up()
+    page = dataclasses.replace(found, rows=[found.rows[0], found.rows[2]]).to_html()
+    assert 'class="verdict equal"' in page and ">Equal<" in page and 'tr class="beyond"' not in page
+
+
+def test_the_columns_of_the_table_hold_whatever_the_ratio():
+    header, *lines = made_up().table().splitlines()
+    where = header.index("where")
+    assert [line[where:] for line in lines] == ["forward b", "forward b", "backward c"]
+    assert "1.50e+13" in lines[0] and [line[:where].split()[-1] for line in lines] == ["1", "0", "0"]
+
+
+def drawn(monkeypatch, rows: list[Row]):
+    """The figure of error against depth."""
+    monkeypatch.setattr(report_module, "_png", lambda figure: figure)
+    return report_module._depth_picture("trial", "float64", rows)
+
+
+def test_the_picture_shows_exact_and_infinite_errors_and_names_its_marks(monkeypatch):
+    rows = made_up().rows
+    rows.append(Row("float64", "forward d", (1,), {"jax": np.inf}, {"jax": 1e-15}))
+    figure = drawn(monkeypatch, rows)
+    marks = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(marks[EXACT].get_xdata()) == [0] and list(marks[INFINITE].get_xdata()) == [2]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    for name in ("jax: error", "jax: allowance (dotted)", "x: beyond its allowance", EXACT, INFINITE):
+        assert name in names
+    assert not figure.axes[0].texts
+
+
+def test_a_panel_without_a_line_says_why(monkeypatch):
+    row = Row("float64", "weight a", (2,), {"jax": 0.0}, {"jax": 0.0})
+    (axes,) = drawn(monkeypatch, [row]).axes
+    assert "logarithmic axis" in axes.texts[0].get_text() and not axes.get_yticks().size
+    assert list({line.get_label(): line for line in axes.lines}[EXACT].get_xdata()) == [0]
+
+
+def test_a_row_before_is_not_called_an_input():
+    divergence = compare(chain, lambda dtype: chain(dtype, wrong=True)).verdict()
+    assert "the tensor compared just before this one, a: error" in divergence and "from a" not in divergence
 
 
 @pytest.mark.parametrize("name", MUST_AGREE)

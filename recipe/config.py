@@ -298,6 +298,9 @@ class RunConfig:
     """Tokens per sample; 0 writes none."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events, events.out.tfevents.* in the run folder; needs the extra
+    `tensorboard`: pip install -e '.[tensorboard]'."""
     model: ModelConfig = field(default_factory=ModelConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)

@@ -178,8 +178,9 @@ def test_a_run_is_resumed_as_it_was_begun(begun):
         assert parse_run_config(["--resume", "mine"], framework=framework) == begun
     same = ["--resume=mine", "--steps", "50", "--model.hidden_size", "192", "--preset", "tiny"]
     assert parse_run_config(same, framework="jax") == begun
-    free = parse_run_config(["--resume", "mine", "--log_every", "7", "--save-every", "9"], framework="jax")
-    assert free == dataclasses.replace(begun, log_every=7, save_every=9)
+    flags = ["--log_every", "7", "--save-every", "9", "--tensorboard", "True"]
+    free = parse_run_config(["--resume", "mine", *flags], framework="jax")
+    assert free == dataclasses.replace(begun, log_every=7, save_every=9, tensorboard=True)
 
 
 CONFLICTS = {

@@ -1,6 +1,8 @@
 """The GPU suite without a GPU: stages, resumption, and a dry run of everything."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.throughput import MODES, ThroughputConfig
+from harness import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +79,52 @@ def test_a_broken_installation_ends_the_stage_before_it_begins(three_commands, m
     monkeypatch.setattr(gpu, "PREAMBLE", "import no_such_module")
     assert not gpu.run_stage("trial", tmp_path, limit=30, dry=True)
     assert not (tmp_path / "good.log").exists() and "no_such_module" in (tmp_path / "preamble.log").read_text()
+
+
+@pytest.mark.parametrize(("skipped", "code"), [(3, gpu.ALL_SKIPPED), (2, 0)])
+def test_tests_that_were_all_skipped_have_not_succeeded(skipped, code, monkeypatch, tmp_path, capfd):
+    text = f"<testsuites><testsuite tests='3' skipped='{skipped}'/></testsuites>"
+    write = f"import pathlib; pathlib.Path(r'{{out}}.xml').write_text({text!r})"
+    monkeypatch.setitem(gpu.STAGES, "trial", {"tests": shlex.join(["-c", write])})
+    monkeypatch.setattr(gpu, "PREAMBLE", "")
+    assert gpu.run_stage("trial", tmp_path, limit=30, dry=True) == (code == 0)
+    assert json.loads((tmp_path / "status.json").read_text())["tests"]["code"] == code
+    assert ("every test was skipped" in capfd.readouterr().out) == (code != 0)
+
+
+def test_what_pytest_writes_of_skipped_tests_is_understood(tmp_path):
+    file = tmp_path / "test_trial.py"
+    file.write_text("import pytest\n@pytest.mark.skip(reason='trial')\ndef test_one(): pass\n")
+    for body, expected in (("", True), ("def test_two(): pass\n", False)):
+        file.write_text(file.read_text() + body)
+        arguments = ["-q", "-c", str(tmp_path / "none.ini"), "--rootdir", str(tmp_path), "--junitxml", "o.xml"]
+        (tmp_path / "none.ini").write_text("[pytest]\n")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, str(file)]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        assert gpu.all_skipped(tmp_path / "o.xml") == expected
+    assert not gpu.all_skipped(tmp_path / "missing.xml"), "another command than pytest"
+
+
+def test_without_a_gpu_only_a_dry_run_begins(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(gpu, "run_stage", lambda *_, **__: True)
+    arguments = ["--stage", "tests", "--out", str(tmp_path / "out")]
+    assert cli.run(lambda: gpu.main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert "--dry_run True" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert cli.run(lambda: gpu.main([*arguments, "--dry_run", "True"])) == 0
+    monkeypatch.setattr(gpu.machine, "has_gpu", lambda: True)
+    assert cli.run(lambda: gpu.main(arguments)) == 0
+
+
+def test_a_framework_that_cannot_use_the_gpu_ends_the_stage(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    for device, code in (("cpu", 0), ("", 1)):
+        command = [sys.executable, "-c", gpu.PREAMBLE]
+        settings = environment | {"PARITY_DEVICE": device}
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+        assert done.returncode == code, done.stderr
+    assert "JAX and torch cannot use the GPU" in done.stderr
 
 
 @pytest.mark.slow

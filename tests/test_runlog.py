@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from harness import surroundings
-from harness.events import EventFile, masked_crc32c
+from harness import loop, surroundings
 from harness.plot import plot_runs
-from harness.runlog import RunLog, read_metrics, step_line, validation_line
-from recipe.config import from_dict
+from harness.runlog import EventFile, RunLog, read_metrics, step_line, validation_line
+from recipe.config import UserError, from_dict
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(get_preset("tiny"), steps=30, log_every=5)
+WITH_EVENTS = dataclasses.replace(CONFIG, tensorboard=True)
 
 
 def write_run(folder: Path, *, framework: str = "jax", losses: dict[int, float] | None = None) -> None:
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
 
 
 def test_each_record_is_on_disk_at_once(tmp_path):
-    with RunLog(tmp_path / "run", CONFIG, framework="jax", environment={}) as log:
+    with RunLog(tmp_path / "run", WITH_EVENTS, framework="jax", environment={}) as log:
         for step in (1, 2):
             log.log_step(step=step, loss=1.0, grad_norm=1.0, lr=1.0, skipped=0, seconds=1.0, tokens=1)
             assert len(read_metrics(tmp_path / "run")) == step
@@ -172,21 +172,27 @@ def test_a_run_is_never_overwritten(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def scalars(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, values) of each event, through TensorBoard's own message definitions."""
+def events(folder: Path) -> list:
+    """The events of the one file in the folder, read by tensorboardX: other messages than those that wrote them."""
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
     (path,) = folder.glob("events.out.tfevents.*")
-    data, events = path.read_bytes(), []
+    data, found = path.read_bytes(), []
     while data:
         (length,) = struct.unpack_from("<Q", data)
         assert struct.unpack_from("<I", data, 8)[0] == masked_crc32c(data[:8])
         payload = data[12 : 12 + length]
         assert struct.unpack_from("<I", data, 12 + length)[0] == masked_crc32c(payload)
-        events.append(Event.FromString(payload))
+        found.append(Event.FromString(payload))
         data = data[16 + length :]
-    assert events[0].file_version == "brain.Event:2"
-    return [(event.step, {v.tag: v.simple_value for v in event.summary.value}) for event in events[1:]]
+    assert found[0].file_version == "brain.Event:2"
+    return found[1:]
+
+
+def scalars(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, values) of each event."""
+    return [(event.step, {v.tag: v.simple_value for v in event.summary.value}) for event in events(folder)]
 
 
 def test_events_are_tensorboards(tmp_path):
@@ -198,25 +204,42 @@ def test_events_are_tensorboards(tmp_path):
     assert scalars(tmp_path) == [(0, {"train/loss": 9.5}), (300, {"train/loss": -0.25, "train/lr": single})]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"123456789", bytes(range(256)) * 3])
-def test_the_checksum_is_tensorboards(data):
-    from tensorboardX.crc32c import crc32c
-    from tensorboardX.record_writer import masked_crc32c as theirs
+def test_events_are_written_only_if_asked_for(tmp_path):
+    write_run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("events.*"))
+    with RunLog(tmp_path / "with", WITH_EVENTS, framework="jax", environment={}) as log:
+        log.log_step(step=1, loss=2.5, grad_norm=0.25, lr=0.5, skipped=0, seconds=2.0, tokens=100)
+    ((step, values),) = scalars(tmp_path / "with")
+    assert step == 1 and values["train/loss"] == 2.5 and values["train/lr"] == 0.5 and "train/tok_s" not in values
 
-    assert masked_crc32c(data) == theirs(data)
-    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value, so the oracle itself is right
+
+def test_events_of_a_resumed_run_replace_those_it_makes_again(tmp_path):
+    """TensorBoard drops what an earlier file has from the step on that a session's start names."""
+    EventFile(tmp_path, first_step=7).close()
+    (start,) = events(tmp_path)
+    assert start.step == 7 and start.session_log.status == start.session_log.START
+
+
+def test_events_without_the_package_are_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config = dataclasses.replace(WITH_EVENTS, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"--tensorboard True needs tensorboard.* pip install -e '\.\[tensorboard\]'"):
+        loop.run(config, framework="jax", make_trainer=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_logging_loads_no_framework(tmp_path):
     """TensorBoard writers import torch where it is installed; a JAX run must not, nor wait for matplotlib."""
     program = f"""
-        import sys
+        import dataclasses, sys
         import harness.runlog
         from recipe.presets import get_preset
-        log = harness.runlog.RunLog({str(tmp_path / "run")!r}, get_preset("tiny"), framework="jax", environment={{}})
+        config = dataclasses.replace(get_preset("tiny"), tensorboard=True)
+        log = harness.runlog.RunLog({str(tmp_path / "run")!r}, config, framework="jax", environment={{}})
         log.log_step(step=1, loss=1.0, grad_norm=1.0, lr=1.0, skipped=0, seconds=1.0, tokens=1)
         log.close()
-        print("loaded", sorted({{"jax", "torch", "transformers", "tensorboardX", "matplotlib"}} & set(sys.modules)))
+        frameworks = {{"jax", "torch", "tensorflow", "transformers", "tensorboardX", "matplotlib"}}
+        print("loaded", sorted(frameworks & set(sys.modules)))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -53,6 +53,7 @@ def runs(folder):
     for framework in ("jax", "torch"):
         out = folder / framework
         arguments = [f"train_{framework}.py", *SMALL, "--data.corpus", str(folder / "corpus"), "--out", str(out)]
+        arguments += ["--tensorboard", "True"]
         done[framework] = command(*arguments, cwd=folder)
         assert done[framework].returncode == 0, done[framework].stderr
     return done

@@ -14,7 +14,7 @@ from recipe.presets import PRESETS, get_preset
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
-FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "data.cache_dir")
+FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "data.cache_dir")
 """Fields that a resumed run may change: none of them moves a weight."""
 
 
