@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks import job, machine, report
+from benchmarks.tables import Bar, bars, ranged, table
 from benchmarks.throughput import ROOT, Meter, Worker
 from harness.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
@@ -237,48 +238,46 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{device(first)}; {versions}; commit {first['git_commit']}; {first['date']}. "
             f"{len(first['rounds'])} rounds in alternating order, greedy; {first['parameters']:,} parameters.",
             "",
-            f"| mode | tokens/s, median (min–max) | x {first['baseline']} (min–max) | first token, ms "
-            "| compile, s | same tokens | noise |",
-            "|---|--:|--:|--:|--:|--:|---|",
+            *table(
+                {
+                    **{"mode": "l", "tokens/s, median (min–max)": "r", f"x {first['baseline']} (min–max)": "r"},
+                    **{"first token, ms": "r", "compile, s": "r", "same tokens": "r", "noise": "l"},
+                },
+                map(_cells, group),
+            ),
+            "",
         ]
-        for row in group:
-            tokens, times, ratio = row["batch_size"] * row["new_tokens"], row["seconds"], row["speed_against_baseline"]
-            foreign = max(answer["foreign"] for answer in row["rounds"])
-            text.append(
-                f"| {row['mode']} | {row['tokens_per_second']:,.1f} ({tokens / times['max']:,.1f}–"
-                f"{tokens / times['min']:,.1f}) | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
-                f"| {1e3 * row['first_token_seconds']['median']:,.0f} | {row['compile_seconds']:.1f} "
-                f"| {row['agreement']:.0%} | {'**noisy**, ' if row['noisy'] else ''}others used up to "
-                f"{foreign:.2f} cores |"
-            )
-        text.append("")
     return "\n".join(text)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    tokens, times = row["batch_size"] * row["new_tokens"], row["seconds"]
+    foreign = max(answer["foreign"] for answer in row["rounds"])
+    return [
+        row["mode"],
+        f"{row['tokens_per_second']:,.1f} ({tokens / times['max']:,.1f}–{tokens / times['min']:,.1f})",
+        ranged(row["speed_against_baseline"], ".2f"),
+        f"{1e3 * row['first_token_seconds']['median']:,.0f}",
+        f"{row['compile_seconds']:.1f}",
+        f"{row['agreement']:.0%}",
+        f"{'**noisy**, ' if row['noisy'] else ''}others used up to {foreign:.2f} cores",
+    ]
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
     """Bars of tokens per second, whiskers from the slowest to the fastest round, one group per batch size."""
-    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
-
-    parts = groups(rows)
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows) + 0.6 * len(parts)), layout="constrained")
-    panels = figure.subplots(len(parts), squeeze=False)[:, 0]
-    for axes, group in zip(panels, parts, strict=True):
-        for position, row in enumerate(group):
+    panels = []
+    for group in groups(rows):
+        drawn = []
+        for row in group:
             rate, tokens = row["tokens_per_second"], row["batch_size"] * row["new_tokens"]
-            slowest, fastest = tokens / row["seconds"]["max"], tokens / row["seconds"]["min"]
-            whiskers = [[rate - slowest], [fastest - rate]]
-            axes.barh(position, rate, xerr=whiskers, capsize=3, color=COLOURS[row["mode"]], height=0.75)
-            label = f"   {rate:,.0f}   {row['speed_against_baseline']['median']:.2f} x {row['baseline']}"
-            axes.text(fastest, position, label + ("   noisy" if row["noisy"] else ""), va="center", fontsize=8)
-        axes.set_yticks(range(len(group)), [row["mode"] for row in group])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.4 * max(row["batch_size"] * row["new_tokens"] / row["seconds"]["min"] for row in group))
-        axes.set_title(title(group[0]), fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("generated tokens per second: median round, whiskers slowest to fastest")
-    devices = "; ".join(dict.fromkeys(map(device, rows)))
-    figure.suptitle(f"{devices}; commit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}", fontsize=9)
-    figure.savefig(png, dpi=150)
+            label = f"{rate:,.0f}   {row['speed_against_baseline']['median']:.2f} x {row['baseline']}"
+            label += "   noisy" if row["noisy"] else ""
+            ends = tokens / row["seconds"]["max"], tokens / row["seconds"]["min"]
+            drawn.append(Bar(row["mode"], rate, *ends, label, COLOURS[row["mode"]]))
+        panels.append((title(group[0]), drawn))
+    quantity = "generated tokens per second: median round, whiskers slowest to fastest"
+    bars(panels, png, quantity=quantity, heading=report.heading(rows, device))
 
 
 def main(argv: list[str]) -> None:

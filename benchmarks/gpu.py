@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.tables import table
 from harness.cli import parse, run
 from harness.plot import plot_runs
 from harness.runlog import read_metrics
@@ -101,7 +102,7 @@ DRY_ENVIRONMENT = {
 GRACE = 30
 ALL_SKIPPED = 5
 """Recorded for tests that were all skipped: pytest's own exit code where it has run none."""
-NOTEBOOK = "| the notebook, its own corpus and tokenizer | 1.1146 | 75.12% | 3.05 | 743.7 on a T4 |"
+NOTEBOOK = ("the notebook, its own corpus and tokenizer", "1.1146", "75.12%", "3.05", "743.7 on a T4")
 """What the seed notebook printed at the end of its run, on leaking windows."""
 
 
@@ -222,22 +223,19 @@ def report_recipes(out: Path) -> None:
         "The seed's recipe on the embedded plays, with a byte-level BPE trained on them. The notebook trained on other "
         "text in other tokens, on windows that leak: its numbers are for orientation only.",
         "",
-        "| run | validation loss | accuracy | perplexity | seconds |",
-        "|---|--:|--:|--:|--:|",
-        NOTEBOOK,
     ]
+    rows = [NOTEBOOK]
     for split in SPLITS:
         folders = [out / name for name in RECIPES if name.endswith(split) and (out / name / "metrics.jsonl").exists()]
         for folder in folders:
             last = {record["kind"]: record for record in read_metrics(folder)}
             if {"train", "validation"} <= last.keys():
                 values = last["validation"]
-                lines.append(
-                    f"| {folder.name}, update {values['step']} | {values['loss']:.4f} | {values['accuracy']:.2%} "
-                    f"| {values['perplexity']:.2f} | {last['train']['seconds']:.1f} |"
-                )
+                quality = f"{values['loss']:.4f}", f"{values['accuracy']:.2%}", f"{values['perplexity']:.2f}"
+                rows.append((f"{folder.name}, update {values['step']}", *quality, f"{last['train']['seconds']:.1f}"))
         if folders:
             plot_runs(folders, out / f"recipe-{split}.png")
+    lines += table({"run": "l"} | dict.fromkeys(("validation loss", "accuracy", "perplexity", "seconds"), "r"), rows)
     (out / "recipe.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

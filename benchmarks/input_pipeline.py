@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, report
 from benchmarks.notebook import TextTokenDataset
+from benchmarks.tables import Bar, bars, ranged, table
 from harness.cli import parse, run
 from recipe.config import DataConfig, require
 from recipe.corpus import load_documents
@@ -171,40 +172,35 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['cpu']}, {first['cores']} cores; {versions}; commit {first['git_commit']}; {first['date']}. "
         f"{len(first['rates'])} rounds in alternating order.",
         "",
-        "| task | way | million tokens/s, median (min–max) | x notebook (min–max) | 1 % of a step up to, tokens/s |",
-        "|---|---|--:|--:|--:|",
+        *table(
+            {
+                **{"task": "l", "way": "l", "million tokens/s, median (min–max)": "r"},
+                **{"x notebook (min–max)": "r", "1 % of a step up to, tokens/s": "r"},
+            },
+            map(_cells, rows),
+        ),
     ]
-    for row in rows:
-        rate, ratio = row["tokens_per_second"], row["speed_against_notebook"]
-        limit = f"{SHARE * rate['median']:,.0f}" if row["task"] == "batches" else "–"
-        text.append(
-            f"| {row['task']} | {row['way']} | {rate['median'] / 1e6:,.2f} ({rate['min'] / 1e6:,.2f}–"
-            f"{rate['max'] / 1e6:,.2f}) | {ratio['median']:,.2f} ({ratio['min']:,.2f}–{ratio['max']:,.2f}) | {limit} |"
-        )
     return "\n".join(text) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    rate = row["tokens_per_second"]
+    limit = f"{SHARE * rate['median']:,.0f}" if row["task"] == "batches" else "–"
+    speeds = ranged(rate, ",.2f", 1e-6), ranged(row["speed_against_notebook"], ",.2f")
+    return [row["task"], row["way"], *speeds, limit]
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
     """Bars of tokens per second on a logarithmic axis, one group per task."""
-    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
-
-    figure = Figure(figsize=(8, 1.0 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for position, row in enumerate(rows):
-        rate = row["tokens_per_second"]
-        axes.barh(position, rate["median"], color=COLOURS[row["way"].partition(",")[0]], height=0.7)
-        ratio = row["speed_against_notebook"]["median"]
-        axes.text(
-            rate["median"], position, f"  {rate['median'] / 1e6:,.1f} M   {ratio:,.1f} x", va="center", fontsize=8
-        )
-    axes.set_xscale("log")
-    axes.set_xlim(1e5, 20 * max(row["tokens_per_second"]["max"] for row in rows))
-    axes.set_yticks(range(len(rows)), [f"{row['task']}, {row['way']}" for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per second, median round; times the notebook's speed")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{rows[0]['cpu']}; commit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}", fontsize=9)
-    figure.savefig(png, dpi=150)
+    panels: dict[str, list[Bar]] = {}
+    for row in rows:
+        rate, ratio = row["tokens_per_second"], row["speed_against_notebook"]["median"]
+        label, colour = f"{rate['median'] / 1e6:,.1f} M   {ratio:,.1f} x", COLOURS[row["way"].partition(",")[0]]
+        bar = Bar(row["way"], rate["median"], rate["min"], rate["max"], label, colour)
+        panels.setdefault(row["task"], []).append(bar)
+    quantity = "tokens per second: median round, whiskers slowest to fastest; times the notebook's speed"
+    heading = report.heading(rows, lambda row: row["cpu"])
+    bars(list(panels.items()), png, quantity=quantity, heading=heading, log=True)
 
 
 def main(argv: list[str]) -> None:

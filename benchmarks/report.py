@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from benchmarks.job import PARTS
 from harness.cli import parse, run
 from harness.surroundings import git_commit, installed_versions
@@ -151,11 +151,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"({allowed['grad_norm']:.1e}).",
             *(f"{mode} is missing or incomplete: {reason}." for mode, reason in first["failed"].items()),
             "",
-            f"| mode | ms per update, median (min–max, MAD) | tokens/s | x {first['baseline']} (min–max) | MFU "
-            "| optimizer / head and loss / attention | start to first update, s: cold (warm) | peak memory, MiB "
-            "| noise |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|---|",
-            *(_line(row) for row in group),
+            *tables.table(
+                {
+                    **{"mode": "l", "ms per update, median (min–max, MAD)": "r", "tokens/s": "r"},
+                    **{f"x {first['baseline']} (min–max)": "r", "MFU": "r"},
+                    **{"optimizer / head and loss / attention": "r", "start to first update, s: cold (warm)": "r"},
+                    **{"peak memory, MiB": "r", "noise": "l"},
+                },
+                map(_cells, group),
+            ),
             "",
             *_parts_table(group),
         ]
@@ -168,19 +172,18 @@ def _parts_table(group: list[dict[str, Any]]) -> list[str]:
     if not timed:
         return []
     first = timed[0]
-    lines = [
-        "| part of an update, alone | at the ceiling, ms | " + " | ".join(f"{row['mode']}, ms" for row in timed) + " |",
-        "|---|--:" + "|--:" * len(timed) + "|",
-    ]
+    lines = []
     for name, what in PARTS.items():
         cells = [row["parts"].get(name) for row in timed]
         flops = next((cell["flops"] for cell in cells if cell), 0.0)
         limit = 1e3 * flops / first["ceiling_flops_per_second"]
         texts = [f"{1e3 * cell['seconds']:,.1f} ({cell['share']:.0%})" if cell else "–" for cell in cells]
-        lines.append(f"| {what} | {limit:,.1f} | " + " | ".join(texts) + " |")
+        lines.append([what, f"{limit:,.1f}", *texts])
     limit = 1e3 * first["flops_per_update"] / first["ceiling_flops_per_second"]
     texts = [f"{1e3 * row['seconds_per_update']['median']:,.1f}" for row in timed]
-    return [*lines, f"| the whole update | {limit:,.1f} | " + " | ".join(texts) + " |", ""]
+    lines.append(["the whole update", f"{limit:,.1f}", *texts])
+    columns = {"part of an update, alone": "l", "at the ceiling, ms": "r"}
+    return [*tables.table(columns | {f"{row['mode']}, ms": "r" for row in timed}, lines), ""]
 
 
 def peak_bytes(row: dict[str, Any]) -> int:
@@ -190,7 +193,7 @@ def peak_bytes(row: dict[str, Any]) -> int:
     return max(on_device or [peak["peak_rss"] for peak in peaks])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     times = {name: 1e3 * value for name, value in row["seconds_per_update"].items()}
     ratio = row["speed_against_baseline"]
     steady = row["memory"]["steady"]["peak_rss"] / 2**20
@@ -201,45 +204,41 @@ def _line(row: dict[str, Any]) -> str:
     share = " / ".join(f"{part['share']:.0%}" for part in shares if part) or "–"
     cold, warm = row["first_step_seconds"]["cold"], row["first_step_seconds"].get("warm")
     first_step = f"{cold:.1f}" + ("" if warm is None else f" ({warm:.1f})")
-    return (
-        f"| {row['mode']} | {times['median']:,.1f} ({times['min']:,.1f}–{times['max']:,.1f}, {times['mad']:,.1f}) "
-        f"| {row['tokens_per_second']:,.0f} | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
-        f"| {row['mfu']:.1%} | {share} | {first_step} | {memory} "
-        f"| {'**noisy**: ' + row['noise'] if row['noisy'] else 'within limits'} |"
-    )
+    return [
+        row["mode"],
+        f"{times['median']:,.1f} ({times['min']:,.1f}–{times['max']:,.1f}, {times['mad']:,.1f})",
+        f"{row['tokens_per_second']:,.0f}",
+        tables.ranged(ratio, ".2f"),
+        f"{row['mfu']:.1%}",
+        share,
+        first_step,
+        memory,
+        f"**noisy**: {row['noise']}" if row["noisy"] else "within limits",
+    ]
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
     """Bars of tokens per second, whiskers from the slowest to the fastest round, one group per benchmark."""
-    from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
-
-    figure = Figure(figsize=(9, 1.3 + 0.34 * len(rows) + 0.5 * len(groups(rows))), layout="constrained")
-    axes = figure.add_subplot()
-    position, ticks, labels = 0.0, [], []
+    panels = []
     for members in groups(rows):
-        axes.text(0, position, title(members[0]), va="center", fontsize=8)
+        drawn = []
         for row in members:
-            position += 1
-            rate, tokens, times = row["tokens_per_second"], row["tokens_per_update"], row["seconds_per_update"]
-            whiskers = [[rate - tokens / times["max"]], [tokens / times["min"] - rate]]
-            axes.barh(position, rate, xerr=whiskers, capsize=3, color=COLOURS[row["mode"]], height=0.75)
-            label = f"{rate:,.0f}   {row['speed_against_baseline']['median']:.2f} x {row['baseline']}"
+            tokens, times = row["tokens_per_update"], row["seconds_per_update"]
+            label = (
+                f"{row['tokens_per_second']:,.0f}   {row['speed_against_baseline']['median']:.2f} x {row['baseline']}"
+            )
             label += f"   MFU {row['mfu']:.0%}" + ("   noisy" if row["noisy"] else "")
-            axes.text(tokens / times["min"], position, "   " + label, va="center", fontsize=8)
-            ticks.append(position)
-            labels.append(row["mode"])
-        position += 1.4
-    axes.set_yticks(ticks, labels)
-    axes.set_ylim(position - 0.8, -0.7)  # downwards, with room for the first group's heading
-    fastest = max(row["tokens_per_update"] / row["seconds_per_update"]["min"] for row in rows)
-    axes.set_xlim(0, 1.45 * fastest)
-    axes.set_xlabel("training tokens per second: median round, whiskers slowest to fastest")
-    axes.spines[["top", "right"]].set_visible(False)
-    devices = "; ".join(dict.fromkeys(device(row) for row in rows))
-    axes.set_title(
-        f"{devices}\ncommit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}", fontsize=9, loc="left"
-    )
-    figure.savefig(png, dpi=150)
+            ends = tokens / times["max"], tokens / times["min"]
+            drawn.append(tables.Bar(row["mode"], row["tokens_per_second"], *ends, label, COLOURS[row["mode"]]))
+        panels.append((title(members[0]), drawn))
+    quantity = "training tokens per second: median round, whiskers slowest to fastest"
+    tables.bars(panels, png, quantity=quantity, heading=heading(rows, device), one_scale=True)
+
+
+def heading(rows: list[dict[str, Any]], place: Callable[[dict[str, Any]], str]) -> str:
+    """What stands above a picture: where, of which commit, when."""
+    places = "; ".join(dict.fromkeys(map(place, rows)))
+    return f"{places}\ncommit {str(rows[0]['git_commit'])[:12]}, {rows[0]['date'][:10]}"
 
 
 def plot_scaling(rows: list[dict[str, Any]], png: Path) -> bool:
