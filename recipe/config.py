@@ -5,9 +5,12 @@
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -25,32 +28,79 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _value(owner: object, name: str) -> float:
-    """The field that a flag such as `muon.beta` sets."""
-    return getattr(owner, name.rpartition(".")[2])
+def expected(hint: Any) -> str:
+    """A field's type in words."""
+    if get_origin(hint) is Annotated:
+        return expected(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join("None" if part is NoneType else expected(part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a tuple, each part {expected(get_args(hint)[0])}"
+    words = {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)", str: "a text (str)"}
+    return words.get(hint) or f"a {hint.__name__}"
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int is a float too, a bool is neither."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+_type_hints = functools.cache(get_type_hints)  # a configuration is built often, its class once
+
+
+def check_types(owner: Any, prefix: str = "") -> None:
+    """Raise `UserError` for the first field of a dataclass whose value is not of its type.
+
+    Every `__post_init__` begins with it: Python itself checks nothing, and run.json may hold anything.
+    """
+    for field_ in dataclasses.fields(owner):
+        value, hint = getattr(owner, field_.name), _type_hints(type(owner))[field_.name]
+        require(
+            _fits(value, hint),
+            f"{prefix}{field_.name}={value!r} must be {expected(hint)}; {_choose(owner, field_.name)}.",
+        )
+
+
+def _choose(owner: Any, name: str) -> str:
+    """The remedy that fits a field: its default, written as its type is."""
+    fields = {field_.name: field_ for field_ in dataclasses.fields(owner)}
+    default = fields[name].default
+    return "choose another" if default is dataclasses.MISSING else f"choose e.g. {default!r}"
+
+
+def _require_number(owner: object, names: tuple[str, ...], holds: Callable[[float], bool], rule: str) -> None:
+    """Each name is a field as its flag has it, such as `muon.beta`."""
+    for name in names:
+        field_name = name.rpartition(".")[2]
+        value = getattr(owner, field_name)
+        kind = "whole" if _type_hints(type(owner))[field_name] is int else "finite"
+        require(
+            math.isfinite(value) and holds(value),
+            f"{name}={value} must be a {kind} number {rule}; {_choose(owner, field_name)}.",
+        )
 
 
 def _require_positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = _value(owner, name)
-        require(
-            math.isfinite(value) and value > 0,
-            f"{name}={value} must be a finite number above 0; choose e.g. 1 or more.",
-        )
+    _require_number(owner, names, lambda value: value > 0, "above 0")
 
 
 def _require_rate(owner: object, *names: str) -> None:
-    for name in names:
-        value = _value(owner, name)
-        require(
-            math.isfinite(value) and value >= 0,
-            f"{name}={value} must be a finite number of at least 0; choose e.g. 0.001.",
-        )
+    _require_number(owner, names, lambda value: value >= 0, "of at least 0")
 
 
 def _require_fraction(owner: object, *names: str) -> None:
     for name in names:
-        value = _value(owner, name)
+        value = getattr(owner, name.rpartition(".")[2])
         require(0 <= value < 1, f"{name}={value} must lie in [0, 1); choose e.g. 0.1, or 0 to switch it off.")
 
 
@@ -99,6 +149,7 @@ class ModelConfig:
     """Rate at the embedding output, attention probabilities, FFN hidden, both residual branches and before the head."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require_positive(
             self,
             "vocab_size",
@@ -150,6 +201,7 @@ class MuonConfig:
     """Decoupled decay, times the learning rate."""
 
     def __post_init__(self) -> None:
+        check_types(self, "muon.")
         _require_rate(self, "muon.learning_rate", "muon.weight_decay", "muon.eps")
         _require_fraction(self, "muon.beta")
         _require_positive(self, "muon.ns_steps")
@@ -173,6 +225,7 @@ class AdamWConfig:
     """Also decay norm scales and biases, as the seed notebook did."""
 
     def __post_init__(self) -> None:
+        check_types(self, "adamw.")
         _require_rate(self, "adamw.learning_rate", "adamw.weight_decay", "adamw.eps")
         _require_fraction(self, "adamw.beta1", "adamw.beta2")
 
@@ -187,6 +240,7 @@ class ScheduleConfig:
     """Learning-rate factor the cosine ends at."""
 
     def __post_init__(self) -> None:
+        check_types(self, "schedule.")
         _require_fraction(self, "schedule.warmup_fraction")
         require(
             0 <= self.final_factor <= 1,
@@ -223,6 +277,7 @@ class DataConfig:
     """Token and tokenizer cache; empty is $QWEN_FROM_SCRATCH_CACHE or ~/.cache/qwen-from-scratch."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         _require_positive(self, "data.bpe_vocab_size", "data.validation_tokens")
         _require_fraction(self, "data.validation_fraction")
         require(
@@ -254,6 +309,7 @@ class PrecisionConfig:
     blocks for less memory. XLA's CPU backend undoes most of it (docs/performance.md)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "precision.")
         require(
             self.params != "float64" or self.compute == "float64",
             f"precision.params=float64 needs precision.compute=float64, not {self.compute}; set both or neither.",
@@ -306,6 +362,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _require_positive(
             self,
             *("steps", "accumulation", "batch_size", "sequence_length", "clip_norm"),

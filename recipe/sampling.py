@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipe.config import ModelConfig, require
+from recipe.config import ModelConfig, check_types, require
 
 # Prompts and caches are padded to whole multiples of this many tokens, so that few lengths are compiled. Short prompts
 # are padded to multiples of a quarter of it, because padding is computed like the rest.
@@ -45,6 +45,7 @@ class SamplingOptions:
     """Strings that end the text; it is cut before the first one."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens} must be at least 1; choose e.g. 100.")
         require(
             0 <= self.temperature < float("inf"),

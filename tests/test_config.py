@@ -18,12 +18,14 @@ from recipe.config import (
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,
+    UserError,
     divisors,
     from_dict,
     to_dict,
 )
 from recipe.params import init_params, newton_schulz_flops, param_counts, param_specs, train_flops_per_token
 from recipe.presets import PRESETS, get_preset
+from recipe.sampling import SamplingOptions
 from recipe.schedule import learning_rate_factors
 
 PARTS = [ModelConfig, MuonConfig, AdamWConfig, ScheduleConfig, DataConfig, PrecisionConfig, RunConfig]
@@ -102,6 +104,49 @@ def test_rules_between_fields(part, values, message):
     with pytest.raises(ValueError, match=message) as caught:
         part(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (PrecisionConfig, {"params": "float16"}, "precision.params='float16' must be one of float32, "),
+        (ModelConfig, {"vocab_size": 2.5}, "vocab_size=2.5 must be a whole number (int); choose e.g. 8192."),
+        (ModelConfig, {"vocab_size": True}, "vocab_size=True must be a whole number (int)"),
+        (RunConfig, {"steps": "3"}, "steps='3' must be a whole number (int); choose e.g. 100."),
+        (RunConfig, {"clip_norm": True}, "clip_norm=True must be a number (float); choose e.g. 1.0."),
+        (RunConfig, {"prompts": ["a"]}, "prompts=['a'] must be a tuple, each part a text (str)"),
+        (RunConfig, {"prompts": ("a", 3)}, "prompts=('a', 3) must be a tuple"),
+        (RunConfig, {"out": None}, "out=None must be a text (str)"),
+        (RunConfig, {"model": {}}, "model={} must be a ModelConfig; choose another."),
+        (ModelConfig, {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be True or False (bool)"),
+        (ModelConfig, {"qk_norm": 1}, "qk_norm=1 must be True or False (bool)"),
+        (ModelConfig, {"sliding_window": 7.0}, "sliding_window=7.0 must be a whole number (int) or None"),
+        (MuonConfig, {"ns_steps": 5.0}, "muon.ns_steps=5.0 must be a whole number (int); choose e.g. 5."),
+        (AdamWConfig, {"decay_norms": 0}, "adamw.decay_norms=0 must be True or False"),
+        (ScheduleConfig, {"final_factor": "0"}, "schedule.final_factor='0' must be a number (float)"),
+        (DataConfig, {"split": "x"}, "data.split='x' must be one of documents, leaking-windows;"),
+        (SamplingOptions, {"top_k": 2.5}, "top_k=2.5 must be a whole number (int); choose e.g. 0."),
+        (SamplingOptions, {"stop": "ab"}, "stop='ab' must be a tuple, each part a text (str)"),
+        (ModelConfig, {"max_window_layers": -1}, "=-1 must be a whole number of at least 0; choose e.g. 0."),
+        (ModelConfig, {"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be a finite number above 0; choose e.g. 1e-06."),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_at_birth(part, values, message):
+    with pytest.raises(UserError) as caught:
+        part(**values)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_fields_type_is_one_that_the_check_knows():
+    for part in [*PARTS, SamplingOptions]:
+        assert dataclasses.replace(part()) == part()
+    assert ModelConfig(rope_theta=10_000, sliding_window=3).rope_theta == 10_000, "a float may be written as an int"
+
+
+def test_run_json_is_checked_like_everything_else():
+    values = to_dict(RunConfig())
+    with pytest.raises(UserError, match=r"precision\.params='float16'"):
+        from_dict(values | {"precision": values["precision"] | {"params": "float16"}})
 
 
 def test_the_limits_themselves_are_allowed():

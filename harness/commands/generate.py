@@ -17,32 +17,18 @@ from recipe.sampling import Generator, SamplingOptions, make_batch
 from recipe.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True)
-class GenerateCommand:
+@dataclass(frozen=True, kw_only=True)  # by keyword, as the one required field comes after the inherited ones
+class GenerateCommand(SamplingOptions):
     """Generate text from a checkpoint."""
 
     checkpoint: str
     """Run folder (its best weights are taken) or Hugging Face weights folder with a tokenizer.json."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, may be repeated; without it you are asked for one after another."""
-    max_new_tokens: int = 100
-    """Tokens to generate at most."""
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the largest (greedy)."""
-    top_k: int = 0
-    """Keep the k largest logits; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities reach p; 1 keeps all."""
-    min_p: float = 0.0
-    """Keep tokens at least this times as probable as the most probable one; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that occur in prompt or new text; 1 does nothing."""
-    seed: int = 0
-    """The same seed gives the same text."""
-    samples: int = 1
-    """Continuations of each prompt."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """String that ends the text, which is cut before it; may be repeated."""
+    stop_ids: tyro.conf.Suppress[tuple[int, ...]] = ()
+    """No flag: the tokenizer says which token ends a text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     interactive: bool = False
@@ -55,6 +41,7 @@ class GenerateCommand:
     """The page's port."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.port < 65536, f"port={self.port} must lie in 1 ... 65535; choose e.g. 7860.")
 
 
@@ -84,8 +71,8 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
         f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size} rows; "
         "use the tokenizer.json the weights came with.",
     )
-    shared = {field.name for field in dataclasses.fields(SamplingOptions)} & set(vars(command))
-    options = SamplingOptions(**{name: getattr(command, name) for name in shared}, stop_ids=(tokenizer.eos_id,))
+    sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
+    options = SamplingOptions(**sampling | {"stop_ids": (tokenizer.eos_id,)})
     require(
         template is None or (options.samples == 1 and not command.prompt),
         "--chat has one answer to each line typed in; leave out --samples and --prompt.",
