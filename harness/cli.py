@@ -40,7 +40,8 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
 
     `--help` and `--version` print and exit 0. A mistake raises `UserError` with one line instead of tyro's box.
     """
-    known = {name: (hint, value) for name, hint, value in leaves(kind, default)}
+    fields = {name: (hint, value) for name, hint, value in leaves(kind, default)}
+    known = {name: field for name, field in fields.items() if not _marked(field[0], tyro.conf.Suppress)}
     given = {} if default is None else {"default": default}
     try:
         return _ask_tyro(tyro.cli, kind, _plain_booleans(argv, known), prog=prog, description=description, **given)
@@ -55,10 +56,8 @@ def parse_command(kinds: Mapping[str, type], argv: Sequence[str], *, prog: str, 
         return parse(kinds[name], argv[1:], prog=f"{prog} {name}", description=inspect.getdoc(kinds[name]) or "")
     with contextlib.suppress(_Refused):
         _ask_tyro(tyro.extras.subcommand_cli_from_dict, dict(kinds), argv, prog=prog, description=description)
-    listed = " or ".join(kinds)
-    raise UserError(
-        f"{name or 'no command'} is not a command; choose {listed}, e.g. {prog} {next(iter(kinds))} --help."
-    )
+    said = f"{name} is not a command" if name else "no command is given"
+    raise UserError(f"{said}; choose {' or '.join(kinds)}, e.g. {prog} {next(iter(kinds))} --help.")
 
 
 class _Refused(Exception):
@@ -183,14 +182,14 @@ def _one_line(box: str, argv: Sequence[str], known: Mapping[str, tuple[Any, Any]
     if box.startswith("Required options"):
         for name, (hint, value) in known.items():
             flag = "--" + name.replace("_", "-")
-            positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
+            positional = _marked(hint, tyro.conf.Positional)
             if value is dataclasses.MISSING and (positional or name not in names.values()):
                 shown = name.upper() if positional else flag
                 if re.search(rf"(?<![\w-]){re.escape(shown)}(?![\w-])", box):
                     return f"{shown} is missing; it needs {expected(hint)}."
     if (found := re.search(r"--[\w.-]+", box)) and (name := found[0][2:].replace("-", "_")) in known:
         hint, value = known[name]
-        if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
+        if _marked(hint, tyro.conf.UseAppendAction):
             hint, value = get_args(get_args(hint)[0])[0], ""  # one element each time it stands there
         flag = "--" + name.replace("_", "-")
         example = "" if value in (None, "", (), dataclasses.MISSING) else f", e.g. {flag} {value}"
@@ -199,6 +198,11 @@ def _one_line(box: str, argv: Sequence[str], known: Mapping[str, tuple[Any, Any]
         text = next((text for given, text in _pairs(argv) if names[given] == name), "")
         return f"{flag} {text} is not {expected(hint)}; choose one{example}."
     return box or "the command line cannot be read; see --help."
+
+
+def _marked(hint: Any, marker: Any) -> bool:
+    """Whether a field's type carries this mark of tyro's."""
+    return marker in getattr(hint, "__metadata__", ())
 
 
 def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
