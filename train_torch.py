@@ -4,17 +4,12 @@ import sys
 
 from harness.cli import run
 from harness.commands.train import parse_run_config
-from recipe.config import require
 
 
 def main() -> None:
     """Parse first, then import PyTorch, so that `--help` and a mistyped flag answer at once."""
     config = parse_run_config(sys.argv[1:], framework="torch")
-    try:
-        from torch_ref.train import train
-    except ModuleNotFoundError as missing:
-        require(missing.name != "torch", "PyTorch is not installed; run: pip install -e '.[torch]'")
-        raise
+    from torch_ref.train import train
 
     train(config)
 

@@ -2,6 +2,15 @@
 
 import sys
 
-from benchmarks.throughput import command_line
+from harness import cli
 
-sys.exit(command_line())
+
+def main() -> int:
+    """The frameworks are imported here, so that a missing one is one line."""
+    from benchmarks.throughput import command_line
+
+    return command_line()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

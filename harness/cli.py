@@ -1,23 +1,25 @@
 """The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM. Nothing here imports a framework: `--help`
-is instant.
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C, 141 the help's reader left, 143 SIGTERM. Nothing here
+imports a framework: `--help` is instant.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
+import inspect
 import io
-import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from recipe.config import UserError, require
+from harness.surroundings import git_commit
+from recipe.config import UserError, expected, require
 
 T = TypeVar("T")
 
@@ -25,29 +27,80 @@ USERS_MISTAKES = (
     *(UserError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError),
 )
 
+DISTRIBUTION = "qwen-from-scratch"
+BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader left
+FRAME = dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")
+OF_TORCH = ("torch", "transformers")
+WITHOUT_TORCH = f"PyTorch is not installed; run: pip install '{DISTRIBUTION}[torch]', or in a clone -e '.[torch]'."
+
 
 def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
     """An instance of the dataclass `kind` from flags over `default`; the help text is the fields' docstrings.
 
-    `--help` prints and exits 0. A mistake raises `UserError` with one line instead of tyro's box.
+    `--help` and `--version` print and exit 0. A mistake raises `UserError` with one line instead of tyro's box.
     """
-    if not {"-h", "--help"} & set(argv):
-        _check_arguments(kind, argv, default)
+    fields = {name: (hint, value) for name, hint, value in leaves(kind, default)}
+    known = {name: field for name, field in fields.items() if not _marked(field[0], tyro.conf.Suppress)}
+    given = {} if default is None else {"default": default}
+    try:
+        return _ask_tyro(tyro.cli, kind, _plain_booleans(argv, known), prog=prog, description=description, **given)
+    except _Refused as refused:
+        raise UserError(refused.reason or _one_line(refused.box, argv, known)) from None
+
+
+def parse_command(kinds: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str) -> Any:
+    """An instance of the dataclass that the first word of `argv` names; `--help` lists the words."""
+    name = argv[0] if argv else ""
+    if name in kinds:
+        return parse(kinds[name], argv[1:], prog=f"{prog} {name}", description=inspect.getdoc(kinds[name]) or "")
+    with contextlib.suppress(_Refused):
+        _ask_tyro(tyro.extras.subcommand_cli_from_dict, dict(kinds), argv, prog=prog, description=description)
+    said = f"{name} is not a command" if name else "no command is given"
+    raise UserError(f"{said}; choose {' or '.join(kinds)}, e.g. {prog} {next(iter(kinds))} --help.")
+
+
+class _Refused(Exception):
+    """tyro's error box, and the rule that was broken if a dataclass itself refused its values."""
+
+    def __init__(self, reason: str | None, box: str) -> None:
+        super().__init__(box)
+        self.reason, self.box = reason, box
+
+
+def _ask_tyro(ask: Callable[..., T], what: Any, argv: Sequence[str], **options: Any) -> T:
+    """Call one of tyro's parsers; what it prints for `--help` may be piped into `head`."""
     box = io.StringIO()
     try:
+        if "--version" in argv:
+            print(version())
+            raise SystemExit(0)
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                kind,
-                args=list(argv),
-                prog=prog,
-                description=description,
-                config=(tyro.conf.FlagConversionOff,),
-                **({} if default is None else {"default": default}),
-            )
+            return ask(what, args=list(argv), **options)
+    except BrokenPipeError:
+        _close_output()
+        raise SystemExit(BROKEN_PIPE) from None
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_reason(stop) or _flatten(box.getvalue())) from None
+        if stop.code:
+            raise _Refused(_reason(stop), " ".join(box.getvalue().translate(FRAME).split())) from None
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _close_output()
+            raise SystemExit(BROKEN_PIPE) from None
+        raise
+
+
+def _close_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def version() -> str:
+    """The installed distribution's name and version, or what stands in for it in a bare clone."""
+    try:
+        return f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{DISTRIBUTION}, not installed: a clone at commit {git_commit() or 'unknown'}"
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -61,10 +114,15 @@ def run(main: Callable[[], int | None]) -> int:
         try:
             print(flush=True)
         except BrokenPipeError:  # not some other pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            _close_output()
             print("stopped: nobody reads the output any more; send it to a file instead.", file=sys.stderr)
             return 1
         raise
+    except ModuleNotFoundError as missing:
+        if missing.name not in OF_TORCH:
+            raise
+        print(f"error: {WITHOUT_TORCH}", file=sys.stderr)
+        return 2
     except USERS_MISTAKES as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -82,77 +140,87 @@ def leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + field.name, hint, value
 
 
-def _check_arguments(kind: Any, argv: Sequence[str], default: Any) -> None:
-    """Raise `UserError` for an unknown flag, a missing value, or one that is not of its field's type."""
-    known = {name: (hint, value) for name, hint, value in leaves(kind, default)}
-    takes_positional = any(_marked(hint, tyro.conf.Positional) for hint, _ in known.values())
-    index, given = 0, set()
+def _plain_booleans(argv: Sequence[str], known: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """`argv` with booleans as tyro spells them: `--web True` is `--web`, `--no-a.b` and `--a.b 0` are `--a.no-b`."""
+    booleans = {name for name, (hint, value) in known.items() if hint is bool and value is not dataclasses.MISSING}
+    plain, index = [], 0
     while index < len(argv):
-        argument = argv[index]
+        flag, has_value, text = argv[index].partition("=")
         index += 1
-        if not argument.startswith("--"):
-            require(takes_positional, f"{argument!r} belongs to no flag; every argument is a flag and its value.")
-            continue
-        flag, has_value, text = argument.partition("=")
         name = flag[2:].replace("-", "_")
-        require(name in known, f"{flag} is unknown; did you mean {_nearest_flags(name, known)}? --help lists all.")
+        negated = name.startswith("no_") and name[3:] in booleans and name not in known
+        name = name[3:] if negated else name
+        if not flag.startswith("--") or name not in booleans:
+            plain.append(flag + has_value + text)
+            continue
+        if not has_value and index < len(argv) and not negated and not argv[index].startswith("-"):
+            text, has_value = argv[index], "="
+            index += 1
+        require(
+            not has_value or (text in BOOLEANS and not negated),
+            f"{flag} {text} is not True or False (bool); choose {flag} alone"
+            + ("." if negated else f" or --no-{flag[2:]}."),
+        )
+        section, dot, last = name.rpartition(".")
+        off = negated or (has_value and not BOOLEANS[text])
+        plain.append("--" + (f"{section}{dot}{'no_' if off else ''}{last}").replace("_", "-"))
+    return plain
+
+
+def _one_line(box: str, argv: Sequence[str], known: Mapping[str, tuple[Any, Any]]) -> str:
+    """What tyro's error box says, in one line with flag, what is expected and an example."""
+    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    names = {flag: flag[2:].replace("-", "_") for flag in flags}
+    for flag, name in names.items():
+        section, dot, last = name.rpartition(".")
+        positive = name.removeprefix("no_") if name.startswith("no_") else section + dot + last.removeprefix("no_")
+        if name not in known and (positive == name or known.get(positive, (None,))[0] is not bool):
+            near = _nearest_flags(name, known)
+            return f"{flag} is unknown; {f'did you mean {near}? ' if near else ''}--help lists all."
+    if stray := re.match(r"Unrecognized options Unrecognized options: (.*?)(?: Perhaps you| For full|$)", box):
+        return f"{stray[1].split(', ')[0]!r} belongs to no flag; every argument is a flag and its value, see --help."
+    if box.startswith("Required options"):
+        for name, (hint, value) in known.items():
+            flag = "--" + name.replace("_", "-")
+            positional = _marked(hint, tyro.conf.Positional)
+            if value is dataclasses.MISSING and (positional or name not in names.values()):
+                shown = name.upper() if positional else flag
+                if re.search(rf"(?<![\w-]){re.escape(shown)}(?![\w-])", box):
+                    return f"{shown} is missing; it needs {expected(hint)}."
+    if (found := re.search(r"--[\w.-]+", box)) and (name := found[0][2:].replace("-", "_")) in known:
         hint, value = known[name]
-        given.add(name)
         if _marked(hint, tyro.conf.UseAppendAction):
             hint, value = get_args(get_args(hint)[0])[0], ""  # one element each time it stands there
-        if get_origin(hint) is tuple:
-            while not has_value and index < len(argv) and not argv[index].startswith("--"):
-                index += 1
-            continue
-        example = "" if value in (None, "", dataclasses.MISSING) else f", e.g. {flag} {value}"
-        if not has_value:
-            missing = index == len(argv) or argv[index].startswith("--")
-            require(not missing, f"{flag} needs a value: {_expected(hint)}{example}.")
-            text = argv[index]
-            index += 1
-        require(_parses(text, hint), f"{flag} {text} is not {_expected(hint)}; choose one{example}.")
-    for name, (hint, value) in known.items():
-        if value is dataclasses.MISSING and name not in given and get_origin(hint) is not Annotated:
-            raise UserError(f"--{name.replace('_', '-')} is missing; it needs {_expected(hint)}.")
+        flag = "--" + name.replace("_", "-")
+        example = "" if value in (None, "", (), dataclasses.MISSING) else f", e.g. {flag} {value}"
+        if box.startswith("Missing argument"):
+            return f"{flag} needs a value: {expected(hint)}{example}."
+        text = next((text for given, text in _pairs(argv) if names[given] == name), "")
+        return f"{flag} {text} is not {expected(hint)}; choose one{example}."
+    return box or "the command line cannot be read; see --help."
 
 
 def _marked(hint: Any, marker: Any) -> bool:
     """Whether a field's type carries this mark of tyro's."""
-    return get_origin(hint) is Annotated and marker in hint.__metadata__
+    return marker in getattr(hint, "__metadata__", ())
 
 
-def _nearest_flags(name: str, leaves: dict[str, Any]) -> str:
-    """The flags with the same last part (`--learning-rate` has two), else the one spelt most alike."""
-    same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
-    nearest = same or difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)
+def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(flag, the word after it), the last one first, as the last one counts."""
+    for word, following in reversed([*zip(argv, [*argv[1:], ""], strict=True)]):
+        if word.startswith("--"):
+            flag, has_value, text = word.partition("=")
+            yield flag, text if has_value else following
+
+
+def _nearest_flags(name: str, known: Mapping[str, Any]) -> str:
+    """The flags with the same last part (`--learning-rate` has two) or initials (`--lr`), else one spelt alike."""
+    last = name.rpartition(".")[2]
+    ends = {leaf: leaf.rpartition(".")[2] for leaf in known}
+    same = [leaf for leaf, end in ends.items() if end == last]
+    initials = [leaf for leaf, end in ends.items() if len(last) > 1 and "".join(w[0] for w in end.split("_")) == last]
+    nearest = same or initials or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return " or ".join("--" + leaf.replace("_", "-") for leaf in nearest)
-
-
-def _expected(hint: Any) -> str:
-    """A field's type in words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join("None" if part is NoneType else _expected(part) for part in get_args(hint))
-    return {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)"}.get(
-        hint, "a text (str)"
-    )
-
-
-def _parses(text: str, hint: Any) -> bool:
-    """Whether `text` reads as a value of the type."""
-    if get_origin(hint) is Literal:
-        return text in get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(text == "None" if part is NoneType else _parses(text, part) for part in get_args(hint))
-    if hint is bool:
-        return text in ("True", "False")
-    if hint in (int, float):
-        with contextlib.suppress(ValueError):
-            hint(text)
-            return True
-        return False
-    return True
 
 
 def _reason(stop: BaseException) -> str | None:
@@ -163,10 +231,3 @@ def _reason(stop: BaseException) -> str | None:
             return str(error)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _flatten(box: str) -> str:
-    """The text of tyro's error box in one line, without its frame, title and footer."""
-    rows = [line.strip("│ ") for line in box.splitlines()]
-    body = itertools.takewhile(lambda row: not row.startswith("─"), rows[1:])
-    return " ".join(body) or "the command line cannot be read; see --help."

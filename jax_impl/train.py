@@ -206,3 +206,9 @@ class Trainer:
 def train(config: RunConfig) -> None:
     """Train as configured and leave the run folder `config.out`."""
     loop.run(config, framework="jax", make_trainer=Trainer)
+
+
+if __name__ == "__main__":
+    from harness.commands.train import run_command
+
+    raise SystemExit(run_command("jax_impl.train", train, framework="jax"))

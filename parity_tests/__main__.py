@@ -6,12 +6,17 @@ Exit code 0: every tensor is within what rounding explains; 1: the first that is
 import sys
 
 from harness import cli
-from parity_tests.twins import TwinOptions, main
+
+
+def main() -> int:
+    """The frameworks are imported here, so that a missing one is one line too."""
+    from parity_tests import twins
+
+    description = "Compare jax_impl, torch_ref and transformers tensor by tensor."
+    return twins.main(
+        cli.parse(twins.TwinOptions, sys.argv[1:], prog="python -m parity_tests", description=description)
+    )
+
 
 if __name__ == "__main__":
-    description = "Compare jax_impl, torch_ref and transformers tensor by tensor."
-    sys.exit(
-        cli.run(
-            lambda: main(cli.parse(TwinOptions, sys.argv[1:], prog="python -m parity_tests", description=description))
-        )
-    )
+    sys.exit(cli.run(main))

@@ -175,7 +175,11 @@ def test_the_commands_refuse_in_one_line(command, tmp_path, capsys, monkeypatch)
     folder = str(tmp_path / "folder")
     lines = {"inspect": ([str(tmp_path)], "holds no config.json"), "export": ([folder, folder], "exists already")}
     arguments, message = lines[command[0]]
-    for argv, part in ((command + arguments, message), (["convert"], "is not a command"), ([], "no command")):
+    for argv, part in (
+        (command + arguments, message),
+        (["convert"], "is not a command"),
+        ([], "choose inspect or export"),
+    ):
         monkeypatch.setattr("sys.argv", ["checkpoint", *argv])
         assert cli.run(checkpoint.main) == 2
         stderr = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -16,12 +17,14 @@ import pytest
 
 import train_jax
 import train_torch
-from harness.cli import parse, run
+from harness import cli
+from harness.cli import WITHOUT_TORCH, parse, run, version
 from harness.commands.generate import GenerateCommand
 from harness.commands.train import parse_run_config
 from harness.folders import to_hf_config
 from recipe.config import ModelConfig, require, to_dict
 from recipe.presets import PRESETS, get_preset
+from recipe.sampling import SamplingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {"jax": train_jax, "torch": train_torch}
@@ -77,6 +80,14 @@ MISTAKES = {
     "--stepz 3": ["--stepz", "--steps"],
     "--learning-rate 1": ["--muon.learning-rate", "--adamw.learning-rate"],
     "--hidden_size 64": ["--model.hidden-size"],
+    "--stpes 3": ["--stpes is unknown; did you mean --steps? --help lists all."],
+    "--lr 1": ["did you mean --muon.learning-rate or --adamw.learning-rate?"],
+    "--config x": ["--config is unknown; --help lists all."],
+    "--wandb": ["--wandb is unknown; --help lists all."],
+    "--no-steps": ["--no-steps is unknown; --help lists all."],
+    "--precision.remat=maybe": ["--precision.remat maybe is not True or False", "--no-precision.remat"],
+    "--no-precision.remat False": ["'False' belongs to no flag"],
+    "-x 3": ["'-x' belongs to no flag"],
     "--model.sequence-length 8": ["--sequence-length"],
     "--preset sed": ["sed", "seed"],
     "--preset": ["--preset"],
@@ -119,6 +130,105 @@ def test_a_mistake_is_one_line_and_exit_2_and_touches_nothing(line, framework, e
     for part in MISTAKES[line]:
         assert part in stderr
     assert not any(empty_folder.iterdir())
+
+
+BOOLEANS = {
+    **{f"--muon.nesterov {text}": ("muon.nesterov", True) for text in ("True", "true", "1")},
+    **{f"--muon.nesterov {text}": ("muon.nesterov", False) for text in ("False", "false", "0")},
+    "--no-muon.nesterov": ("muon.nesterov", False),
+    "--muon.no-nesterov": ("muon.nesterov", False),
+    "--precision.remat": ("precision.remat", True),
+    "--precision.remat=true": ("precision.remat", True),
+    "--precision.remat --no-precision.remat": ("precision.remat", False),
+    "--precision.remat False --precision.remat True": ("precision.remat", True),
+    "--no-model.tie_word_embeddings": ("model.tie_word_embeddings", False),
+    "--model.qk-norm=0": ("model.qk_norm", False),
+}
+
+
+@pytest.mark.parametrize("line", BOOLEANS)
+def test_a_boolean_is_written_as_anywhere(line):
+    config = parse_run_config([*line.split(), "--steps", "7"], framework="jax")
+    name, value = BOOLEANS[line]
+    section, _, field = name.partition(".")
+    assert getattr(getattr(config, section), field) is value and config.steps == 7
+
+
+def test_the_commands_own_booleans_too():
+    read = {"prog": "command", "description": "Try."}
+    for line, web in {"--web": True, "--no-web": False, "--web True": True, "--web=0": False, "": False}.items():
+        assert parse(GenerateCommand, ["--checkpoint", "x", *line.split(), "--chat"], **read).web is web
+
+
+def test_sampling_options_are_flags_of_the_command_and_stop_ids_is_none():
+    read = {"prog": "command", "description": "Try."}
+    flags = "--checkpoint x --temperature 0 --top_k 5 --top-p 0.9 --min_p 0.1 --samples 2 --seed 3 --stop a --stop b"
+    command = parse(GenerateCommand, flags.split(), **read)
+    sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
+    assert SamplingOptions(**sampling) == SamplingOptions(
+        temperature=0, top_k=5, top_p=0.9, min_p=0.1, samples=2, seed=3, stop=("a", "b")
+    )
+    with pytest.raises(ValueError, match="--stop-ids is unknown"):
+        parse(GenerateCommand, ["--checkpoint", "x", "--stop-ids", "3"], **read)
+    with pytest.raises(ValueError, match=r"top_p=2\.0 must lie"):
+        parse(GenerateCommand, ["--checkpoint", "x", "--top_p", "2"], **read)
+
+
+COMMANDS = {
+    "train_jax.py": "usage: train_jax.py",
+    "-m jax_impl.train": "usage: python -m jax_impl.train",
+    "-m torch_ref.train": "usage: python -m torch_ref.train",
+    "-m harness.commands.plot": "usage: python -m harness.commands.plot [-h] RUN [RUN ...]",
+    "-m harness.commands.checkpoint": "usage: python -m harness.commands.checkpoint [-h] {inspect,export}",
+    "-m harness.commands.checkpoint export": "usage: python -m harness.commands.checkpoint export [-h] FOLDER OUT",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_a_version(command):
+    for flag in ("--help", "--version"):
+        line = [sys.executable, *command.split(), flag]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(COMMANDS[command] if flag == "--help" else "qwen-from-scratch")
+
+
+def test_the_version_in_a_bare_clone(monkeypatch):
+    assert version() == f"{cli.DISTRIBUTION} {importlib.metadata.version(cli.DISTRIBUTION)}"
+    monkeypatch.setattr(cli, "DISTRIBUTION", "qwen-not-installed")
+    assert version().startswith("qwen-not-installed, not installed: a clone at commit ")
+
+
+def test_help_that_nobody_reads_ends_in_silence():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as pipe:
+        line = [sys.executable, "train_jax.py", "--help"]
+        done = subprocess.run(line, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_shell_gets_its_completion(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Command, ["--tyro-print-completion", "bash"], prog="command", description="Try.")
+    assert stop.value.code in (0, None) and "--checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["torch_ref.generate", "torch_ref.train", "parity_tests"])
+def test_a_module_that_needs_torch_says_so_without_it(module, empty_folder):
+    (empty_folder / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    environment = os.environ | {"PYTHONPATH": str(empty_folder)}
+    line = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {WITHOUT_TORCH}\n")
+
+
+def test_another_missing_module_is_a_bug():
+    def missing():
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+    with pytest.raises(ModuleNotFoundError):
+        run(missing)
 
 
 def test_a_rule_of_the_config_is_told_in_its_own_words():
@@ -249,7 +359,7 @@ def test_without_torch_the_line_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
     code, stderr = start(train_torch)
-    assert (code, stderr) == (2, "error: PyTorch is not installed; run: pip install -e '.[torch]'\n")
+    assert (code, stderr) == (2, f"error: {WITHOUT_TORCH}\n")
 
 
 def test_help_shows_the_presets_defaults_at_once():

@@ -171,3 +171,9 @@ class Trainer:
 def train(config: RunConfig) -> None:
     """Train as configured and leave the run folder `config.out`."""
     loop.run(config, framework="torch", make_trainer=Trainer)
+
+
+if __name__ == "__main__":
+    from harness.commands.train import run_command
+
+    raise SystemExit(run_command("torch_ref.train", train, framework="torch"))

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -15,25 +16,25 @@ from harness import cli
 from harness.folders import find_weights, load_folder, read_json, replacing, write_json, write_weights
 from harness.state import load_state, read_run
 from harness.tensors import StoredTensors
-from recipe.config import Dtype, UserError, require
+from recipe.config import Dtype, require
 from recipe.params import param_counts
 
 
 @dataclass(frozen=True)
 class InspectCommand:
-    """Which folder to describe."""
+    """Say what a folder holds."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Weights folder, training state, or run folder."""
 
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """What to write where."""
+    """Write weights in another dtype."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Weights folder, or run folder (its best weights are taken)."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; it must not exist."""
     dtype: Dtype = "bfloat16"
     """Dtype of the weights written."""
@@ -83,22 +84,20 @@ def export(folder: Path, out: Path, dtype: Dtype) -> None:
 
 def main() -> None:
     """`python -m harness.commands.checkpoint inspect FOLDER` or `export FOLDER OUT [--dtype DTYPE]`."""
-    name, *arguments = sys.argv[1:] or [""]
-    prog = "python -m harness.commands.checkpoint"
-    if name == "inspect":
-        command = cli.parse(InspectCommand, arguments, prog=f"{prog} inspect", description="Say what a folder holds.")
-        folder = Path(command.folder)
-        inside = [part for part in (folder / "best", folder / "last") if (part / "config.json").is_file()]
-        for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
-            print("\n".join(inspect(part)))
-    elif name == "export":
-        command = cli.parse(
-            ExportCommand, arguments, prog=f"{prog} export", description="Write weights in another dtype."
-        )
+    command = cli.parse_command(
+        {"inspect": InspectCommand, "export": ExportCommand},
+        sys.argv[1:],
+        prog="python -m harness.commands.checkpoint",
+        description="Look into a folder of weights, or write it again.",
+    )
+    if isinstance(command, ExportCommand):
         export(find_weights(command.folder), Path(command.out), command.dtype)
         print(command.out)
-    else:
-        raise UserError(f"{name or 'no command'} is not a command; use: {prog} inspect FOLDER, or export FOLDER OUT.")
+        return
+    folder = Path(command.folder)
+    inside = [part for part in (folder / "best", folder / "last") if (part / "config.json").is_file()]
+    for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
+        print("\n".join(inspect(part)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ from recipe.config import require
 class PlotConfig:
     """What to plot."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders."""
     out: str = "runs.png"
     """PNG file to write."""

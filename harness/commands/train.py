@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.cli import leaves, parse
+from harness.cli import leaves, parse, run
 from harness.folders import load_config
 from harness.state import find_state, read_run
 from recipe.config import RunConfig, require
@@ -18,7 +19,12 @@ FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_to
 """Fields that a resumed run may change: none of them moves a weight."""
 
 
-def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
+def run_command(module: str, train: Callable[[RunConfig], None], *, framework: str) -> int:
+    """`python -m MODULE`, which trains like train_jax.py or train_torch.py: returns the exit code."""
+    return run(lambda: train(parse_run_config(sys.argv[1:], framework=framework, prog=f"python -m {module}")))
+
+
+def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> RunConfig:
     """The run that `argv` asks for: a preset (or the run to resume), flags over it, then a run folder that is free.
 
     `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
@@ -36,7 +42,7 @@ def parse_run_config(argv: Sequence[str], *, framework: str) -> RunConfig:
         RunConfig,
         argv,
         default=default,
-        prog=f"train_{framework}.py",
+        prog=prog or f"train_{framework}.py",
         description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
         f"The defaults below are {source}.",
     )
