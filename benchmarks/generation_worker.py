@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.job import fingerprint
 from harness.folders import to_hf_config
 from recipe.config import RunConfig, from_dict
+from recipe.contract import openmp_threads, xla_threads
 from recipe.params import init_params
 from recipe.sampling import SamplingOptions
 
@@ -118,8 +119,7 @@ def environment(mode: str) -> dict:
         import jax
 
         backend, device = jax.default_backend(), jax.devices()[0].device_kind
-        single = "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
-        threads = 1 if single else len(os.sched_getaffinity(0))
+        threads = xla_threads()
     else:
         import torch
 
@@ -152,8 +152,7 @@ def main() -> None:
     if mode != "jax":
         import torch
 
-        # Set either way: left alone, torch takes MKL's count, which is capped by the cores MKL sees.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+        torch.set_num_threads(openmp_threads())
     weights = init_params(config.model, config.seed)
     generate = MODES[mode](config, weights)
     reply({"environment": environment(mode), "weights": fingerprint(weights)})

@@ -4,6 +4,7 @@ Imports no framework. Weights come from `recipe.params.init_params`, batches fro
 fingerprints of what actually arrived in its framework.
 """
 
+import dataclasses
 import json
 import math
 import zlib
@@ -12,16 +13,30 @@ from collections.abc import Mapping
 import numpy as np
 
 from recipe.config import RunConfig, from_dict, require, to_dict
+from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, require_same
 from recipe.params import newton_schulz_flops, param_counts, train_flops_per_token
 from recipe.presets import get_preset
 
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
-
 MUST_AGREE = (
-    *("backend", "threads", "params_dtype", "compute_dtype", "newton_schulz_dtype", "float32_products"),
+    *("backend", "threads", "params", "compute", "newton_schulz", "matmul"),
     *("dropout", "tokens_per_update", "weights", "batches"),
 )
-"""Keys of a worker's contract that must be the same in all workers; the others are recorded only."""
+"""Fields of a worker's contract that must be the same in all workers; the others are recorded only."""
+
+MAKE_ALIKE = "Nothing was timed; make them agree (threads: --threads, OMP_NUM_THREADS, XLA_FLAGS) or drop a mode."
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkContract(PrecisionContract):
+    """What a worker computes with, and the work that arrived in it."""
+
+    loss: str
+    """How many logits are held at once, and in what dtype."""
+    tokens_per_update: int | str = NOT_THERE
+    weights: str = NOT_THERE
+    batches: str = NOT_THERE
+    """Fingerprints; the worker's loop adds them."""
+
 
 FLOP_FORMULA = (
     "FLOPs of an update = tokens * (6 * weights of all matrix products, head included + "
@@ -118,17 +133,9 @@ def part_flops(config: RunConfig) -> dict[str, float]:
 
 
 def check_contracts(contracts: Mapping[str, Mapping]) -> None:
-    """Raise ValueError naming every key of `MUST_AGREE` on which the modes differ."""
-    differences = []
-    for key in MUST_AGREE:
-        values = {mode: contract[key] for mode, contract in contracts.items()}
-        if len(set(values.values())) > 1:
-            differences.append(f"{key} is " + ", ".join(f"{value} in {mode}" for mode, value in values.items()))
-    require(
-        not differences,
-        "these workers do not compute the same thing: " + "; ".join(differences) + ". Nothing was timed; make them "
-        "agree (threads: --threads, OMP_NUM_THREADS, XLA_FLAGS) or drop a mode.",
-    )
+    """Raise ValueError naming every field of `MUST_AGREE` on which the modes differ."""
+    sides = [WorkContract(**{**contract, "side": mode}) for mode, contract in contracts.items()]
+    require_same(*sides, fields=MUST_AGREE, remedy=MAKE_ALIKE)
 
 
 def rounding_error(config: RunConfig) -> float:

@@ -1,5 +1,6 @@
 """The loop of a worker process: one JSON line in, one JSON line out. Imports no framework."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,8 +19,6 @@ BATCHES = 4
 # Side lengths of the square products whose best rate is the ceiling, by backend.
 CEILING_SIZES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
 CEILING_REPEATS = 7
-PROBE = 1.0 + 2.0**-13
-"""A float32 that TF32, with its 10 bits of fraction, rounds to 1."""
 
 Part = tuple[int, Callable[[int], None]]
 """How often an update runs a part, and a function that runs it so many times and waits."""
@@ -29,7 +28,7 @@ class Side(Protocol):
     """One implementation under measurement."""
 
     def describe(self) -> dict[str, Any]:
-        """`contract` (see `job.MUST_AGREE`; weights and batches are added by the worker) and `environment`."""
+        """`contract` (a `job.WorkContract`; what arrived is added by the worker) and `environment`."""
 
     def weights(self) -> dict:
         """The present parameters in NumPy, by Hugging Face name."""
@@ -77,11 +76,13 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
     batches = [make_batch(config, index) for index in range(BATCHES)]
     description = side.describe()
     arrived = {f"{i}.{j}": side.received(array) for i, batch in enumerate(batches) for j, array in enumerate(batch)}
-    description["contract"] |= {
-        "tokens_per_update": config.tokens_per_step,
-        "weights": fingerprint(side.weights()),
-        "batches": fingerprint(arrived),
-    }
+    contract = dataclasses.replace(
+        description["contract"],
+        tokens_per_update=config.tokens_per_step,
+        weights=fingerprint(side.weights()),
+        batches=fingerprint(arrived),
+    )
+    description["contract"] = dataclasses.asdict(contract)
     reply(description | {"start_seconds": start_seconds})
 
     def reset_memory(_) -> dict[str, bool]:
@@ -96,7 +97,7 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
 
     commands = {
         "run": lambda command: _run(side, batches, command["updates"]),
-        "ceiling": lambda _: _ceiling(side, description["contract"]["backend"]),
+        "ceiling": lambda _: _ceiling(side, contract.backend),
         "memory": lambda _: {"peak_rss": machine.peak_memory_bytes(), "peak_device": side.device_peak_bytes()},
         "reset_memory": reset_memory,
         "parts": time_parts,

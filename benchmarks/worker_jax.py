@@ -1,7 +1,6 @@
 """The JAX side of a benchmark, `jax_impl` as training runs it. Started by `benchmarks.throughput`."""
 
 import functools
-import os
 from collections.abc import Callable
 
 import jax
@@ -9,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.worker import PROBE, Part, serve
+from benchmarks.job import WorkContract
+from benchmarks.worker import Part, serve
 from jax_impl import attention, loss, random
 from jax_impl.backend import machine
 from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_all
 from jax_impl.train import Trainer, make_optimizer
 from recipe.config import RunConfig
+from recipe.contract import FLOAT32_PROBE, NOT_THERE, accumulation_of, dropout_of, float32_product, xla_threads
 
 
 class JaxSide:
@@ -30,21 +31,23 @@ class JaxSide:
         config, backend = self.config, machine().platform
         precision = config.precision
         with jax.default_matmul_precision(precision.matmul):
-            product = jnp.full((256, 256), PROBE, jnp.float32) @ jnp.eye(256, dtype=jnp.float32)
-        single = "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
-        contract = {
-            "backend": backend,
-            "threads": None if backend == "gpu" else 1 if single else len(os.sched_getaffinity(0)),
-            "params_dtype": "/".join(sorted({str(leaf.dtype) for leaf in self.trainer.state.params.values()})),
-            "compute_dtype": precision.compute,
-            "newton_schulz_dtype": precision.newton_schulz,
-            "float32_products": "float32" if float(product[0, 0]) == PROBE else "tf32",
-            "dropout": config.model.dropout,
-            "matmul": precision.matmul,
-            "x64": jax.config.jax_enable_x64,
-            "attention": "cuDNN flash" if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
-            "loss": f"float32 logits of {machine().tokens_at_once} tokens at once",
-        }
+            product = jnp.full((256, 256), FLOAT32_PROBE, jnp.float32) @ jnp.eye(256, dtype=jnp.float32)
+        contract = WorkContract(
+            side="jax",
+            framework=f"jax {jax.__version__}",
+            backend=backend,
+            device=jax.devices()[0].device_kind,
+            params="/".join(sorted({str(leaf.dtype) for leaf in self.trainer.state.params.values()})),
+            compute=precision.compute,
+            newton_schulz=precision.newton_schulz,
+            matmul=float32_product(float(product[0, 0])),
+            x64=str(bool(jax.config.jax_enable_x64)),
+            accumulation=accumulation_of(precision.compute),
+            attention="cuDNN flash" if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
+            dropout=dropout_of(config.model.dropout),
+            threads=NOT_THERE if backend == "gpu" else str(xla_threads()),
+            loss=f"float32 logits of {machine().tokens_at_once} tokens at once",
+        )
         return {"contract": contract, "environment": self.trainer.environment}
 
     def weights(self) -> dict[str, np.ndarray]:

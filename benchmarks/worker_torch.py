@@ -6,7 +6,6 @@ Started by `benchmarks.throughput`. The mode is torch-eager, torch-compile, torc
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -14,16 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import notebook
-from benchmarks.worker import PROBE, Part, serve
+from benchmarks.job import WorkContract
+from benchmarks.worker import Part, serve
 from harness.folders import to_hf_config
 from recipe.config import RunConfig, require
+from recipe.contract import FLOAT32_PROBE, NOT_THERE, accumulation_of, dropout_of, float32_product, openmp_threads
 from recipe.params import param_specs
 from torch_ref import attention as reference_attention
 from torch_ref import loss as reference_loss
 from torch_ref import model as reference_model
 from torch_ref import muon as reference_muon
 from torch_ref import random
-from torch_ref.muon import clip_by_global_norm, orthogonalize_all
+from torch_ref.muon import adamw_groups, clip_by_global_norm, orthogonalize_all
 from torch_ref.newton_schulz import orthogonalize_via_newton_schulz
 from torch_ref.train import Trainer, make_schedule
 from torch_ref.weights import from_hf
@@ -56,22 +57,25 @@ class TorchSide:
 
     def describe(self) -> dict:
         config, precision = self.config, self.config.precision
-        product = torch.full((256, 256), PROBE, device=self.device) @ torch.eye(256, device=self.device)
-        contract = {
-            "backend": "gpu" if self.device == "cuda" else "cpu",
-            "threads": None if self.device == "cuda" else torch.get_num_threads(),
-            "params_dtype": "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
-            "compute_dtype": precision.compute,
-            "newton_schulz_dtype": precision.newton_schulz,
-            "float32_products": "float32" if float(product[0, 0]) == PROBE else "tf32",
-            "dropout": config.model.dropout,
-            "matmul": precision.matmul,
-            "bfloat16_sums": "bfloat16 allowed"
-            if torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-            else "float32",
-            "attention": "SDPA" if self.fused else f"blocks of {reference_attention.QUERY_BLOCK} queries",
-            "loss": f"all logits, stored in {precision.compute}",
-        }
+        product = torch.full((256, 256), FLOAT32_PROBE, device=self.device) @ torch.eye(256, device=self.device)
+        on_gpu = self.device == "cuda"
+        narrow = precision.compute == "bfloat16" and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        contract = WorkContract(
+            side=self.mode,
+            framework=f"torch {torch.__version__}",
+            backend="gpu" if on_gpu else "cpu",
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            params="/".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
+            compute=precision.compute,
+            newton_schulz=precision.newton_schulz,
+            matmul=float32_product(float(product[0, 0])),
+            x64="True",
+            accumulation="bfloat16 allowed" if on_gpu and narrow else accumulation_of(precision.compute),
+            attention="SDPA" if self.fused else f"blocks of {reference_attention.QUERY_BLOCK} queries",
+            dropout=dropout_of(config.model.dropout),
+            threads=NOT_THERE if on_gpu else str(torch.get_num_threads()),
+            loss=f"all logits, stored in {precision.compute}",
+        )
         return {"contract": contract, "environment": self.environment}
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -199,18 +203,13 @@ class AutocastSide(TorchSide):
         self.fused, self.hidden_dtype = config.precision.attention == "fused", torch.float32
         self.model = self.make_model(weights)
         specs, adamw = param_specs(config.model), config.adamw
-        by_role = {role: [] for role in ("matrix", "embedding", "head", "norm", "bias")}
-        for name, parameter in self.model.named_parameters():
-            by_role[specs[name].role].append(parameter)
-        decayed, plain = by_role["embedding"] + by_role["head"], by_role["norm"] + by_role["bias"]
-        adamw_groups = [
-            {"params": decayed, "weight_decay": adamw.weight_decay},
-            {"params": plain, "weight_decay": adamw.weight_decay if adamw.decay_norms else 0.0},
-        ]
+        parameters = dict(self.model.named_parameters())
         betas = adamw.beta1, adamw.beta2
         self.optimizers = [
-            self.make_muon(by_role["matrix"]),
-            torch.optim.AdamW(adamw_groups, lr=adamw.learning_rate, betas=betas, eps=adamw.eps),
+            self.make_muon([parameter for name, parameter in parameters.items() if specs[name].role == "matrix"]),
+            torch.optim.AdamW(
+                adamw_groups(parameters, specs, adamw), lr=adamw.learning_rate, betas=betas, eps=adamw.eps
+            ),
         ]
         self.peaks = (config.muon.learning_rate, adamw.learning_rate)
         self.schedule, self.step = make_schedule(config), 0
@@ -277,11 +276,12 @@ class HuggingFaceSide(AutocastSide):
     def describe(self) -> dict:
         description = super().describe()
         # torch.optim.Muon iterates in bfloat16 whatever the parameters are.
-        description["contract"] |= {
-            "newton_schulz_dtype": "bfloat16",
-            "attention": "SDPA" if self.fused else "all T x T scores",
-            "loss": "all logits, transformers' own",
-        }
+        description["contract"] = dataclasses.replace(
+            description["contract"],
+            newton_schulz="bfloat16",
+            attention="SDPA" if self.fused else "all T x T scores",
+            loss="all logits, transformers' own",
+        )
         return description
 
     def logits(self, inputs_BT: torch.Tensor) -> torch.Tensor:
@@ -332,7 +332,8 @@ class SeedSide(AutocastSide):
     def describe(self) -> dict:
         description = super().describe()
         attention = "SDPA, K/V heads repeated" if self.fused else "all T x T scores, K/V heads repeated"
-        description["contract"] |= {"attention": attention, "loss": "all logits, float32"}
+        contract = dataclasses.replace(description["contract"], attention=attention, loss="all logits, float32")
+        description["contract"] = contract
         return description
 
     def logits(self, inputs_BT: torch.Tensor) -> torch.Tensor:
@@ -350,9 +351,8 @@ SIDES = {"hf": HuggingFaceSide, "seed": SeedSide}
 
 
 def make_side(config: RunConfig, mode: str, weights: dict[str, np.ndarray]) -> TorchSide:
-    """The side of this mode; OpenMP's own variable decides the threads, else the CPUs this process is pinned to."""
-    # Set either way: left alone, torch takes MKL's count, which is capped by the cores MKL sees.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    """The side of this mode, on the threads that `openmp_threads` says."""
+    torch.set_num_threads(openmp_threads())
     return SIDES.get(mode, TorchSide)(config, mode, weights)
 
 

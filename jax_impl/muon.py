@@ -19,7 +19,7 @@ from jax_impl.backend import machine
 from jax_impl.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.weights import hf_name
 from recipe.config import AdamWConfig, ModelConfig, MuonConfig
-from recipe.params import param_specs
+from recipe.params import decays, param_specs
 
 
 class ScaleByMuonState(NamedTuple):
@@ -133,11 +133,10 @@ def muon_with_adamw(
     """Muon on the matrices and AdamW on the rest; `schedule` maps the update's count to the learning-rate factor."""
     specs = param_specs(model)
 
-    def decays(params):
-        decayed_roles = ("embedding", "head", "norm", "bias") if adamw_config.decay_norms else ("embedding", "head")
+    def decayed(params):
         # Inside `partition` the matrices are empty nodes, so the mask is made by mapping over what is left.
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: specs[hf_name(path[0].key)].role in decayed_roles, params
+            lambda path, _: decays(specs[hf_name(path[0].key)].role, adamw_config), params
         )
 
     return optax.partition(
@@ -153,7 +152,7 @@ def muon_with_adamw(
             ),
             "adamw": optax.chain(
                 scale_by_adam(adamw_config.beta1, adamw_config.beta2, adamw_config.eps),
-                optax.add_decayed_weights(adamw_config.weight_decay, mask=decays),
+                optax.add_decayed_weights(adamw_config.weight_decay, mask=decayed),
                 optax.scale_by_learning_rate(lambda count: adamw_config.learning_rate * schedule(count)),
             ),
         },

@@ -17,12 +17,13 @@ from flax import nnx
 from torch.overrides import TorchFunctionMode
 
 from parity_tests.cases import PRECISIONS
-from parity_tests.contract import NOT_THERE, PrecisionContract, process_contract, require_same
+from parity_tests.contract import process_contract
 from parity_tests.montecarlo import SEEDS, allowances, amplification, rounded
 from parity_tests.report import Report, Row
 from parity_tests.taps import Operation, to_numpy, torch_taps, trace_jax
-from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, relative_error
+from parity_tests.tolerance import SAFETY, relative_error
 from recipe.config import require
+from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, require_same
 
 Arrays = Mapping[str, np.ndarray]
 

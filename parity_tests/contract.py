@@ -1,53 +1,12 @@
-"""The precision contract: what decides a run's rounding. Every report records it; runs that differ are not compared."""
+"""The precision contract (`recipe.contract`) of a side that runs in this process, read from its framework."""
 
-import dataclasses
-import os
-from collections.abc import Collection
 from typing import Literal
 
 import jax
 import torch
 
 from recipe.config import PrecisionConfig, require
-
-NOT_THERE = "-"
-"""Value of a field that the side has no such thing for; it agrees with everything."""
-
-MUST_AGREE = ("backend", "params", "compute", "newton_schulz", "matmul", "accumulation", "attention", "dropout")
-"""Fields that must be equal; the others are recorded only."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrecisionContract:
-    """What one side of a comparison computes with."""
-
-    side: str
-    framework: str
-    """Framework and version."""
-    backend: str
-    """cpu or gpu."""
-    device: str
-    params: str
-    """Dtype of stored parameters and optimizer state."""
-    compute: str
-    """Dtype of the operands of matrix products."""
-    newton_schulz: str
-    matmul: str
-    """What a float32 product is: float32, or the narrower format it may be cut to (TF32, bfloat16)."""
-    x64: str
-    """Whether the framework keeps float64."""
-    accumulation: str
-    """Dtype that products of the compute dtype are summed in."""
-    attention: str
-    dropout: str
-    """none, or where the masks come from."""
-    threads: str
-    """Compute threads."""
-
-
-def accumulation_of(compute: str) -> str:
-    """float32 for the narrow dtypes, else the dtype itself."""
-    return "float32" if compute == "bfloat16" else compute
+from recipe.contract import PrecisionContract, accumulation_of, xla_threads
 
 
 def float32_products(framework: Literal["jax", "torch"], backend: str) -> str:
@@ -79,11 +38,11 @@ def process_contract(
         device = jax.devices()[0]
         backend, name, version = device.platform, device.device_kind, f"jax {jax.__version__}"
         x64 = str(bool(jax.config.jax_enable_x64))
-        threads = _xla_threads()
+        threads = xla_threads()
     else:
         # The torch side of these tests stays on the CPU.
         backend, name, version, x64 = "cpu", "cpu", f"torch {torch.__version__}", "True"
-        threads = str(torch.get_num_threads())
+        threads = torch.get_num_threads()
     require(
         precision.compute != "float64" or x64 == "True",
         f"{side} is to compute in float64, but jax_enable_x64 is off; switch it on (jax.enable_x64(True)).",
@@ -101,24 +60,5 @@ def process_contract(
         accumulation=accumulation_of(precision.compute),
         attention=attention or precision.attention,
         dropout=dropout,
-        threads=threads,
-    )
-
-
-def _xla_threads() -> str:
-    single = "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
-    return "1" if single else f"up to {os.cpu_count()}"
-
-
-def require_same(a: PrecisionContract, b: PrecisionContract, *, except_for: Collection[str] = ()) -> None:
-    """Raise `UserError` with one line unless both contracts agree in `MUST_AGREE`, `except_for` left out."""
-    differences = []
-    for name in MUST_AGREE:
-        left, right = getattr(a, name), getattr(b, name)
-        if name not in except_for and left != right and NOT_THERE not in (left, right):
-            differences.append(f"{name} is {left} in {a.side} and {right} in {b.side}")
-    require(
-        not differences,
-        "these runs are not comparable: " + "; ".join(differences) + ". Set both sides alike, or compare each with the "
-        "float64 truth in a report of its own.",
+        threads=str(threads),
     )

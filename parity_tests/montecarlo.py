@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_ref.model
-from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, relative_error
+from parity_tests.tolerance import SAFETY, relative_error
+from recipe.contract import UNIT_ROUNDOFF, accumulation_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -129,7 +130,7 @@ def noise_of(dtype: str, compute: str) -> Iterator[None]:
     before = mode.u, mode.u_accumulator
     scale = max(UNIT_ROUNDOFF[compute], SMALLEST_NOISE) / UNIT_ROUNDOFF[compute]
     mode.u = scale * UNIT_ROUNDOFF[dtype]
-    mode.u_accumulator = scale * UNIT_ROUNDOFF[_accumulator(dtype)]
+    mode.u_accumulator = scale * UNIT_ROUNDOFF[accumulation_of(dtype)]
     try:
         yield
     finally:
@@ -179,7 +180,7 @@ def amplification(
     """
     truths = {name: np.array(truth, np.float64) for name, truth in compute().items()}
     u = max(UNIT_ROUNDOFF[dtype], SMALLEST_NOISE)
-    u_accumulator = u * UNIT_ROUNDOFF[_accumulator(dtype)] / UNIT_ROUNDOFF[dtype]
+    u_accumulator = u * UNIT_ROUNDOFF[accumulation_of(dtype)] / UNIT_ROUNDOFF[dtype]
     kappas = dict.fromkeys(truths, 0.0)
     for seed in seeds:
         with rounding_noise(u, seed, u_accumulator=u_accumulator):
@@ -187,10 +188,6 @@ def amplification(
         for name, truth in truths.items():
             kappas[name] = max(kappas[name], relative_error(noisy[name], truth) / u)
     return truths, kappas
-
-
-def _accumulator(dtype: str) -> str:
-    return "float32" if dtype == "bfloat16" else dtype
 
 
 def allowances(kappas: dict[str, float], dtype: str, *, erring: int | None = None) -> dict[str, float]:

@@ -345,9 +345,9 @@ MUTANTS = (
     Mutant("embedding under Muon", MUON, '.role == "matrix" else', '.role in ("matrix", "embedding") else', HYBRID),
     Mutant(
         "decay on norm scales",
-        MUON,
-        'if adamw_config.decay_norms else ("embedding", "head")',
-        'if True else ("embedding", "head")',
+        "recipe.params",
+        "or config.decay_norms",
+        "or True",
         HYBRID,
     ),
     Mutant(

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, relative_error
+from parity_tests.tolerance import SAFETY, relative_error
+from recipe.contract import UNIT_ROUNDOFF, accumulation_of
 
 COEFFS = (3.4445, -4.7750, 2.0315)
 # Noise at which the amplification is measured: first order to seven digits.
@@ -41,7 +42,7 @@ def amplification(x_OI: np.ndarray, seed: int = 0) -> float:
 def allowance(x_OI: np.ndarray, dtype: str) -> float:
     """SAFETY * kappa * (u + sqrt(K) u_acc) + SAFETY * sqrt(N) * u_acc: storage, sums of K products, the norm of N."""
     store = UNIT_ROUNDOFF[dtype]
-    accumulate = UNIT_ROUNDOFF["float32"] if dtype == "bfloat16" else store
+    accumulate = UNIT_ROUNDOFF[accumulation_of(dtype)]
     longest, elements = max(x_OI.shape), x_OI.size
     products = amplification(x_OI) * (store + np.sqrt(longest) * accumulate)
     return SAFETY * products + SAFETY * np.sqrt(elements) * accumulate

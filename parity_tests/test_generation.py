@@ -22,7 +22,8 @@ from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.sides import TorchModel, x64
-from parity_tests.tolerance import UNIT_ROUNDOFF, check
+from parity_tests.tolerance import check
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.sampling import SamplingOptions
 from torch_ref import random as torch_random
 

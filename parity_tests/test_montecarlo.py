@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from parity_tests.montecarlo import allowances, amplification, rounded, rounding_noise
-from parity_tests.tolerance import UNIT_ROUNDOFF, relative_error
+from parity_tests.tolerance import relative_error
+from recipe.contract import UNIT_ROUNDOFF
 
 U = 2.0**-24
 X = np.random.default_rng(0).standard_normal((40, 50))

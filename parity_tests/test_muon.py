@@ -11,7 +11,8 @@ import jax_impl.backend
 import jax_impl.muon
 import torch_ref.muon
 from parity_tests.newton_schulz_error import allowance
-from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, check, relative_error
+from parity_tests.tolerance import SAFETY, check, relative_error
+from recipe.contract import UNIT_ROUNDOFF
 
 STEPS = 8
 LEARNING_RATE = 0.03

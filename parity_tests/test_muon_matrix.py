@@ -13,7 +13,8 @@ import torch
 
 import torch_ref.muon
 from parity_tests.newton_schulz_error import allowance, newton_schulz
-from parity_tests.tolerance import SAFETY, UNIT_ROUNDOFF, check, relative_error
+from parity_tests.tolerance import SAFETY, check, relative_error
+from recipe.contract import UNIT_ROUNDOFF
 
 BETA, EPS, STEPS = 0.95, 1e-7, 5
 SHAPES = [(48, 48), (96, 24), (24, 96)]

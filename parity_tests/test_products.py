@@ -16,8 +16,8 @@ from jax_impl.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.products import accumulator, in_memory, product
 from jax_impl.train import init_state, make_train_step
 from parity_tests.cases import AWKWARD
-from parity_tests.tolerance import UNIT_ROUNDOFF
 from recipe.config import PrecisionConfig, RunConfig
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import init_params
 
 SIZES = {"b": 2, "k": 3, "x": 4, "m": 35, "i": 30, "o": 14, "d": 30, "v": 53, "q": 9, "s": 11, "g": 5, "h": 6}

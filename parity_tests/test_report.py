@@ -22,9 +22,10 @@ from parity_tests import example, twins
 from parity_tests import report as report_module
 from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
 from parity_tests.compare import compare
-from parity_tests.contract import MUST_AGREE, process_contract, require_same
+from parity_tests.contract import process_contract
 from parity_tests.report import EXACT, INFINITE, Report, Row
 from recipe.config import UserError
+from recipe.contract import MUST_AGREE, require_same
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
@@ -262,7 +263,7 @@ def test_contracts_that_differ_are_refused(name):
     ours = process_contract("jax", "jax", FLOAT32)
     theirs = process_contract("torch", "torch", FLOAT32)
     require_same(ours, theirs)
-    with pytest.raises(UserError, match=f"{name} is .* in jax and other in torch") as caught:
+    with pytest.raises(UserError, match=f"{name} is .* in jax, other in torch") as caught:
         require_same(ours, dataclasses.replace(theirs, **{name: "other"}))
     assert "\n" not in str(caught.value)
     require_same(ours, dataclasses.replace(theirs, **{name: "-"}))

@@ -14,7 +14,7 @@ from harness.state import TrainingState, load_state, save_state
 from parity_tests.cases import PRECISIONS, random_weights
 from parity_tests.sides import JaxTraining, TorchTraining
 from parity_tests.test_training import MODEL, compare, config, record, truth
-from parity_tests.tolerance import UNIT_ROUNDOFF
+from recipe.contract import UNIT_ROUNDOFF
 
 SIDES = {"jax": JaxTraining, "torch": TorchTraining}
 POISONED = 2

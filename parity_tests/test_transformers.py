@@ -17,8 +17,9 @@ from harness.folders import load_folder, save_folder
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification, rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, TorchModel
-from parity_tests.tolerance import UNIT_ROUNDOFF, check, check_all
+from parity_tests.tolerance import check, check_all
 from recipe.config import ModelConfig
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import param_specs
 from torch_ref.model import rope_table
 

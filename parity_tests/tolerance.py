@@ -13,7 +13,6 @@ thousands of independent roundings and concentrates to a few per cent; SAFETY = 
 import numpy as np
 
 SAFETY = 2.0
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
 def relative_error(value: np.ndarray, truth: np.ndarray) -> float:

@@ -21,7 +21,7 @@ import torch_ref.train
 from harness.folders import find_weights, load_folder, to_hf_config
 from parity_tests.cases import PRECISIONS, random_tokens, random_weights
 from parity_tests.compare import make_rows
-from parity_tests.contract import NOT_THERE, PrecisionContract, process_contract, require_same
+from parity_tests.contract import process_contract
 from parity_tests.montecarlo import SEEDS, allowances, amplification, noise_of, rounded, rounded_rope_tables
 from parity_tests.report import Report
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining, x64
@@ -33,8 +33,8 @@ from parity_tests.taps import (
     training_taps,
     transformers_taps,
 )
-from parity_tests.tolerance import UNIT_ROUNDOFF
 from recipe.config import ModelConfig, PrecisionConfig, RunConfig, require
+from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, dropout_of, require_same
 from recipe.params import param_specs
 from recipe.presets import get_preset
 from recipe.tokenizer import load_tokenizer
@@ -293,7 +293,7 @@ def twin_contracts(
     dtype: str, precision: PrecisionConfig, subject: Subject, *, with_transformers: bool
 ) -> dict[str, PrecisionContract]:
     """The contracts of the sides, made to agree; raises `UserError` with the difference otherwise."""
-    dropout = "Threefry, keyed by place" if subject.config.model.dropout else "none"
+    dropout = dropout_of(subject.config.model.dropout)
     with x64(precision):
         ours = {
             side: process_contract(side, f"{side} {dtype}", precision, dropout=dropout) for side in ("jax", "torch")

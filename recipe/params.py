@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from recipe.config import ModelConfig, require
+from recipe.config import AdamWConfig, ModelConfig, require
 
 Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
@@ -96,6 +96,11 @@ def check_weights(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Non
     require(
         not wrong, "the weights do not fit the model: " + "; ".join(wrong) + ". Use the config.json they came with."
     )
+
+
+def decays(role: Role, config: AdamWConfig) -> bool:
+    """Whether AdamW's weight decay pulls on parameters of this role: embeddings and head, the rest if asked."""
+    return role in ("embedding", "head") or config.decay_norms
 
 
 def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,10 @@ import socket
 import numpy as np
 import pytest
 
-from parity_tests.tolerance import UNIT_ROUNDOFF, check
+from parity_tests.tolerance import check
 from recipe.baselines import ngram_baselines
 from recipe.config import DataConfig, UserError
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.corpus import Documents, load_documents
 from recipe.data import prepare, split_documents
 from recipe.tokenizer import load_tokenizer, train_bpe

@@ -15,7 +15,8 @@ import pytest
 from harness.folders import load_folder
 from harness.runlog import read_metrics
 from harness.state import load_state
-from parity_tests.tolerance import UNIT_ROUNDOFF, check
+from parity_tests.tolerance import check
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,12 @@ Jordan's Muon); `torch.optim.Muon` forces bfloat16 and clamps where the seed add
 
 import collections
 import functools
+from collections.abc import Mapping
 
 import torch
 
 from recipe.config import AdamWConfig, MuonConfig
-from recipe.params import param_specs
+from recipe.params import ParamSpec, decays, param_specs
 from torch_ref.newton_schulz import orthogonalize_via_newton_schulz
 
 
@@ -85,6 +86,20 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
+def adamw_groups(
+    named_parameters: Mapping[str, torch.nn.Parameter], specs: Mapping[str, ParamSpec], config: AdamWConfig
+) -> list[dict]:
+    """AdamW's parameter groups, those that decay and those that do not; the matrices, Muon's, are left out."""
+    groups = {True: [], False: []}
+    for name, parameter in named_parameters.items():
+        if specs[name].role != "matrix":
+            groups[decays(specs[name].role, config)].append(parameter)
+    return [
+        {"params": params, "weight_decay": config.weight_decay if decayed else 0.0}
+        for decayed, params in groups.items()
+    ]
+
+
 class MuonWithAdamW:
     """Muon on the matrices and AdamW on the rest; `step(factor)` takes the learning-rate factor of the update."""
 
@@ -100,12 +115,8 @@ class MuonWithAdamW:
         """`fused` runs AdamW as torch's one kernel, a third faster than an operation at a time."""
         specs = param_specs(model.config)
         self.named_parameters = dict(model.named_parameters())
-        by_role = collections.defaultdict(list)
-        for name, parameter in self.named_parameters.items():
-            by_role[specs[name].role].append(parameter)
-        decayed, plain = by_role["embedding"] + by_role["head"], by_role["norm"] + by_role["bias"]
         self.muon = Muon(
-            by_role["matrix"],
+            [parameter for name, parameter in self.named_parameters.items() if specs[name].role == "matrix"],
             lr=muon_config.learning_rate,
             beta=muon_config.beta,
             nesterov=muon_config.nesterov,
@@ -115,10 +126,7 @@ class MuonWithAdamW:
             weight_decay=muon_config.weight_decay,
         )
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": adamw_config.weight_decay},
-                {"params": plain, "weight_decay": adamw_config.weight_decay if adamw_config.decay_norms else 0.0},
-            ],
+            adamw_groups(self.named_parameters, specs, adamw_config),
             lr=adamw_config.learning_rate,
             betas=(adamw_config.beta1, adamw_config.beta2),
             eps=adamw_config.eps,
