@@ -42,7 +42,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
                 prog=prog,
                 description=description,
                 config=(tyro.conf.FlagConversionOff,),
-                **({} if default is None else {"default": default}),
+                default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit as stop:
         if not stop.code:

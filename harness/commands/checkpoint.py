@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import tyro
 from harness import cli
 from harness.folders import find_weights, load_folder, read_json, replacing, write_json, write_weights
 from harness.state import load_state, read_run
-from harness.tensors import StoredTensors
 from recipe.config import Dtype, UserError, require
 from recipe.params import param_counts
 
@@ -60,7 +60,7 @@ def inspect(folder: Path) -> list[str]:
     return lines
 
 
-def _summary(tensors: StoredTensors) -> str:
+def _summary(tensors: Mapping[str, np.ndarray]) -> str:
     norms = {name: float(np.linalg.norm(tensor.astype(np.float64))) for name, tensor in tensors.items()}
     bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return f"{len(norms)} tensors of norm {math.hypot(*norms.values()):.6g}" + (
@@ -92,11 +92,11 @@ def main() -> None:
         for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
             print("\n".join(inspect(part)))
     elif name == "export":
-        command = cli.parse(
+        wanted = cli.parse(
             ExportCommand, arguments, prog=f"{prog} export", description="Write weights in another dtype."
         )
-        export(find_weights(command.folder), Path(command.out), command.dtype)
-        print(command.out)
+        export(find_weights(wanted.folder), Path(wanted.out), wanted.dtype)
+        print(wanted.out)
     else:
         raise UserError(f"{name or 'no command'} is not a command; use: {prog} inspect FOLDER, or export FOLDER OUT.")
 
