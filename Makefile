@@ -9,12 +9,14 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench gpu gpu-wheels mutants realweights clean
+.PHONY: help train test quick parity lint format bench gpu gpu-wheels mutants realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
 	@echo "make test     set up, then run the tests, parity included             (ARGS='-k muon')"
-	@echo "make lint     ruff's checks and its formatting, changing nothing"
+	@echo "make quick    set up, then a subset of the tests: settings, command line, one model and optimizer"
+	@echo "make parity   set up, then hold the two implementations side by side (ARGS='--dtype float64 --steps 0')"
+	@echo "make lint     ruff's checks and its formatting, mypy's types; changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
 	@echo "make bench    time both implementations                              (ARGS='--help')"
 	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
@@ -61,9 +63,20 @@ train: $(VENV)/.installed-base
 test: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# Files without training runs or compiled servers; the whole suite is `make test`.
+QUICK := tests/test_config.py tests/test_imports.py tests/test_tensors.py parity_tests/test_weights.py \
+	parity_tests/test_newton_schulz.py
+
+quick: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK) $(ARGS)
+
+parity: $(VENV)/.installed-test
+	$(BIN)/python -m parity_tests $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -88,5 +101,5 @@ realweights: $(VENV)/.installed-realweights
 	$(BIN)/python -m pytest -m realweights -s $(ARGS)
 
 clean:
-	rm -rf $(VENV) .realweights .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .realweights .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

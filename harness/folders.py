@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.tensors import CODES, DTYPES, StoredTensors, read_header, write_tensors
+from harness.tensors import CODES, DTYPES, StoredTensor, StoredTensors, read_header, write_tensors
 from recipe.config import Dtype, ModelConfig, UserError, require
 from recipe.params import check_weights, param_specs, shape_problems, shapes_of
 
@@ -118,7 +118,8 @@ def load_folder(folder: Path) -> tuple[ModelConfig, StoredTensors]:
         f"{folder} holds neither {whole.name} nor {index.name}; save the weights as safetensors.",
     )
     weight_map = dict.fromkeys(expected, whole.name) if whole.is_file() else read_json(index)["weight_map"]
-    entries, wrong = {}, []
+    entries: dict[str, StoredTensor] = {}
+    wrong: list[str] = []
     for file in sorted(set(weight_map.values())):
         try:
             header = read_header(folder / file)
@@ -146,7 +147,7 @@ def load_config(folder: Path) -> ModelConfig:
     return from_hf_config(read_json(file))
 
 
-def find_weights(path: str) -> Path:
+def find_weights(path: str | Path) -> Path:
     """The weights folder meant by `path`: itself, or the best weights of a run folder, or its last ones."""
     folder = Path(path)
     require(folder.is_dir(), f"{path} is not a folder; name a run folder or a Hugging Face weights folder.")
@@ -198,7 +199,8 @@ def write_weights_folder(
 def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype) -> None:
     """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor has its own) and their index."""
     sizes = {name: math.prod(shape) * DTYPES[CODES[dtype]].itemsize for name, shape in shapes_of(weights).items()}
-    shards, room = [], 0
+    shards: list[list[str]] = []
+    room = 0
     for name, size in sizes.items():
         if not shards or size > room:
             shards.append([])
@@ -208,7 +210,7 @@ def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype)
     if len(shards) == 1:
         write_tensors(folder / "model.safetensors", weights, shards[0], dtype)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, weights, names, dtype)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._handlers = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -87,6 +87,7 @@ class Interruption:
         """End the process as the signal asks: exit code 130 or 143."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
+        assert self.signal is not None, "nothing asked to stop"
         raise SystemExit(128 + self.signal)
 
 
@@ -161,7 +162,7 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
     with RunLog(folder, config, **about, resume_at=position if config.resume else None) as log:
         log.header(describe(config, trainer.environment))
         log.header([_describe_data(config, dataset)])
-        if config.resume:
+        if state is not None:
             log.header([f"resumed    after step {position}: {state.updates} updates, {state.skipped} skipped"])
         else:
             log.log_baselines(baselines, dataset.bytes_per_token)
@@ -228,6 +229,7 @@ def _optimize(
         # Reading a result waits for the device, so several updates are read at once where they are fast.
         due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
         if evaluating or saving or due or step == first or step % config.log_every == 0:
+            records: list[tuple[int, dict[str, Any]]]
             records = [(done, {name: float(x) for name, x in metrics.items()}) for done, metrics in pending]
             seconds = (time.perf_counter() - since) / len(records)
             for done, metrics in records:

@@ -36,7 +36,7 @@ def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[st
     accuracy_axes = figure.add_subplot(grid[0, 1])
     perplexity_axes = figure.add_subplot(grid[1, 1])
     for index, (label, records) in enumerate(runs):
-        style = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        style: dict[str, Any] = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[index % 4]}
         # the last run is drawn on top; thinner marks leave the earlier ones visible where curves coincide
         marks = style | {"marker": "osD^"[index % 4], "markersize": 6 if index == 0 else 4}
         loss_axes.plot(*_series(records, "train", "loss"), **style, alpha=0.45, linewidth=1, label=f"{label}: train")

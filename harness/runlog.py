@@ -1,6 +1,5 @@
 """The log of a run: run.json, metrics.jsonl, TensorBoard events if asked for, lines or a bar on the terminal."""
 
-import contextlib
 import json
 import math
 import sys
@@ -109,6 +108,7 @@ class RunLog:
         self._tokens += tokens
         self._elapsed += seconds
         tok_s = None if first else tokens / seconds
+        values: dict[str, Any]
         values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr), "skipped": int(skipped)}
         timing = {"tok_s": tok_s, "dt_ms": 1e3 * seconds / updates}
         self._record("train", step, **values, **timing, tokens=self._tokens, seconds=self._elapsed)
@@ -247,9 +247,9 @@ def _undo(folder: Path, step: int) -> list[dict[str, Any]]:
     """The records up to the step, which alone stay in metrics.jsonl; later ones are moved to undone.jsonl."""
     records = read_metrics(folder)
     kept, undone = ([record for record in records if (record["step"] > step) == later] for later in (False, True))
-    with open(folder / "undone.jsonl", "a", encoding="utf-8") if undone else contextlib.nullcontext() as file:
-        for record in undone:
-            file.write(json.dumps(record) + "\n")
+    if undone:
+        with open(folder / "undone.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in undone)
     scratch = folder / ".metrics.jsonl"
     scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     scratch.replace(folder / "metrics.jsonl")

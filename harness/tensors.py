@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -131,7 +131,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collection[str], dtype: str) -> None:
     """A safetensors file of the named tensors, cast to `dtype` one by one and forced to disk."""
     stored, shapes = DTYPES[CODES[dtype]], shapes_of(tensors)
-    end, header = 0, {"__metadata__": {"format": "pt"}}
+    end = 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     for name in names:
         start, end = end, end + math.prod(shapes[name]) * stored.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}

@@ -64,10 +64,12 @@ def serve(
         yield from (prompt + text for text in texts(prompt, values))
 
     def answer(turn: str, history: list[dict[str, Any]], *values: Any) -> Iterator[str]:
+        assert render is not None, "only a chat answers"
         messages = [{"role": said["role"], "content": _text(said["content"])} for said in history]
         yield from texts(render([*messages, {"role": "user", "content": turn}]), values)
 
     accordion = gradio.Accordion("Sampling", open=True)
+    page: gradio.Blocks
     if render is None:
         page = gradio.Interface(
             continue_prompt,

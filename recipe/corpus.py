@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recipe.config import DataConfig, UserError, require
 
@@ -151,7 +151,7 @@ def _json_lines(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 def _field(record: object, field: str, where: str) -> str:
     fields = sorted(record) if isinstance(record, dict) else []
-    text = record.get(field) if isinstance(record, dict) else None
+    text: Any = record.get(field) if isinstance(record, dict) else None
     require(
         isinstance(text, str),
         f"{where} has no text in field {field!r} (fields: {fields}); pass --data.text_field NAME.",

@@ -92,7 +92,7 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the training tokens, by which a resumed run knows its text."""
-        return hashlib.sha256(np.ascontiguousarray(self.train_tokens)).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.train_tokens).data).hexdigest()
 
     @property
     def held_out_tokens(self) -> np.ndarray:
@@ -111,6 +111,7 @@ class Dataset:
 
     def _split_windows(self, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
         """The notebook's protocol: all stride-1 windows in random order, the first share of them held out."""
+        assert self.leaking_fraction is not None, "only leaking-windows splits windows"
         _starts(self.train_tokens, sequence_length, "training")
         starts = _generator(self.seed, 2**31).permutation(len(self.train_tokens) - sequence_length)
         held_out = max(1, round(self.leaking_fraction * len(starts)))

@@ -6,6 +6,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import tokenizers
 from tokenizers import Tokenizer as RustTokenizer
@@ -24,7 +25,7 @@ class Tokenizer:
     def __init__(self, rust: RustTokenizer, eos_token: str) -> None:
         self.rust = rust
         self.eos_token = eos_token
-        self.eos_id: int = rust.token_to_id(eos_token)
+        self.eos_id = cast(int, rust.token_to_id(eos_token))  # callers name a token it has
 
     @property
     def vocab_size(self) -> int:

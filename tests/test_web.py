@@ -18,6 +18,7 @@ from recipe.tokenizer import train_bpe
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+STOP = "button.stop-button"  # what Gradio calls it
 GREEDY = ["--max_new_tokens", "12", "--temperature", "0"]
 
 needs_browser = pytest.mark.skipif(
@@ -87,7 +88,8 @@ def wait(browser, condition):
     from selenium.webdriver.support.ui import WebDriverWait
 
     # The page may replace an element between finding and reading it.
-    patient = WebDriverWait(browser, 60, ignored_exceptions=[StaleElementReferenceException])
+    # Long, as it is reached only by a fault: a busy machine is slow and right.
+    patient = WebDriverWait(browser, 240, ignored_exceptions=[StaleElementReferenceException])
     return patient.until(lambda _: condition())
 
 
@@ -160,6 +162,8 @@ def test_a_talk_on_the_page_is_the_talk_on_the_terminal(checkpoint, browser):
             box = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "textarea"))[0]
             box.send_keys(turn, Keys.ENTER)
             wait(browser, lambda number=number: answers() == expected[:number])
+            # The whole answer may be there before the page takes another turn: it shows its stop button until then.
+            wait(browser, lambda: not any(b.is_displayed() for b in browser.find_elements(By.CSS_SELECTOR, STOP)))
         picture(browser, "chat.png")
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,6 @@ import tyro
 from harness import cli
 from harness.folders import find_weights, load_folder, read_json, replacing, write_json, write_weights
 from harness.state import load_state, read_run
-from harness.tensors import StoredTensors
 from recipe.config import Dtype, require
 from recipe.params import param_counts
 
@@ -61,7 +61,7 @@ def inspect(folder: Path) -> list[str]:
     return lines
 
 
-def _summary(tensors: StoredTensors) -> str:
+def _summary(tensors: Mapping[str, np.ndarray]) -> str:
     norms = {name: float(np.linalg.norm(tensor.astype(np.float64))) for name, tensor in tensors.items()}
     bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return f"{len(norms)} tensors of norm {math.hypot(*norms.values()):.6g}" + (

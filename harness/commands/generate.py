@@ -101,6 +101,7 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
         print("" if len(texts) == 1 else "\n---\n".join(texts))
 
     def answer(turn: str) -> None:
+        assert template is not None, "only a chat answers"
         asked = [*messages, {"role": "user", "content": turn}]
         text = ""
         for _, piece in text_pieces(generate, tokenizer, [tokenizer.encode(template.render(asked))], options):
