@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
 	@echo "make test     set up, then run the tests, parity included             (ARGS='-k muon')"
-	@echo "make quick    set up, then a subset of the tests: settings, command line, one model and optimizer"
+	@echo "make quick    set up, then a subset of the tests: settings, imports, files, weights, Newton-Schulz"
 	@echo "make parity   set up, then hold the two implementations side by side (ARGS='--dtype float64 --steps 0')"
 	@echo "make lint     ruff's checks and its formatting, mypy's types; changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
