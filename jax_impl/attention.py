@@ -112,11 +112,11 @@ def attention(
         outputs = []
         for block, (start, _, first) in enumerate(blocks):
             whole, part = divmod(first, QUERY_BLOCK)
-            seen = (jnp.concatenate(pieces[whole : block + 1], axis=1)[:, part:] for pieces in (k_pieces, v_pieces))
+            pieces = (k_pieces[whole : block + 1], v_pieces[whole : block + 1])
+            k_seen_XSH, v_seen_XSH = (jnp.concatenate(x, axis=1)[:, part:] for x in pieces)
             keep_XGTS = keeps[block] if keeps else None
-            outputs.append(
-                attend_block(q_pieces[block], *seen, start, first, window=window, keep_XGTS=keep_XGTS, rate=rate)
-            )
+            seen = (q_pieces[block], k_seen_XSH, v_seen_XSH)
+            outputs.append(attend_block(*seen, start, first, window=window, keep_XGTS=keep_XGTS, rate=rate))
         return jnp.concatenate(outputs, axis=2)
 
     operands = q_XGTH, k_XSH, v_XSH, keeps

@@ -53,7 +53,7 @@ def _lay_out(spec: str, x: jax.Array, y: jax.Array) -> tuple[str, jax.Array, jax
     own = [axis for axis in z_axes if axis not in y_axes]
     axes = "".join([*batch, *own, *(axis for axis in x_axes if axis not in z_axes)])
     if axes != x_axes:
-        x = in_memory(x, [x_axes.index(axis) for axis in axes])
+        x = in_memory(x, tuple(x_axes.index(axis) for axis in axes))
     return f"{axes},{y_axes}->{z_axes}", x, y
 
 

@@ -55,7 +55,8 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-_type_hints = functools.cache(get_type_hints)  # a configuration is built often, its class once
+# A configuration is built often, its class once. To mypy a class is not hashable, hence two ignored complaints below.
+_type_hints = functools.cache(get_type_hints)
 
 
 def check_types(owner: Any, prefix: str = "") -> None:
@@ -64,7 +65,7 @@ def check_types(owner: Any, prefix: str = "") -> None:
     Every `__post_init__` begins with it: Python itself checks nothing, and run.json may hold anything.
     """
     for field_ in dataclasses.fields(owner):
-        value, hint = getattr(owner, field_.name), _type_hints(type(owner))[field_.name]
+        value, hint = getattr(owner, field_.name), _type_hints(type(owner))[field_.name]  # type: ignore[arg-type]
         require(
             _fits(value, hint),
             f"{prefix}{field_.name}={value!r} must be {expected(hint)}; {_choose(owner, field_.name)}.",
@@ -83,7 +84,8 @@ def _require_number(owner: object, names: tuple[str, ...], holds: Callable[[floa
     for name in names:
         field_name = name.rpartition(".")[2]
         value = getattr(owner, field_name)
-        kind = "whole" if _type_hints(type(owner))[field_name] is int else "finite"
+        hint = _type_hints(type(owner))[field_name]  # type: ignore[arg-type]
+        kind = "whole" if hint is int else "finite"
         require(
             math.isfinite(value) and holds(value),
             f"{name}={value} must be a {kind} number {rule}; {_choose(owner, field_name)}.",

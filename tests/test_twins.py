@@ -29,6 +29,7 @@ ONE_SIDED = {
         "muon": "an alias in optax; torch's is the class `Muon`",
         "Muon": "as muon",
         "scale_by_adam": "optax's bias correction is too coarse; torch's own AdamW is not",
+        "adamw_groups": "torch's AdamW takes groups of parameters, optax a mask",
         "label_params": "optax partitions by label, torch by groups of parameters",
         "muon_with_adamw": "torch's is the class `MuonWithAdamW`",
         "MuonWithAdamW": "as muon_with_adamw",

@@ -90,7 +90,7 @@ def adamw_groups(
     named_parameters: Mapping[str, torch.nn.Parameter], specs: Mapping[str, ParamSpec], config: AdamWConfig
 ) -> list[dict]:
     """AdamW's parameter groups, those that decay and those that do not; the matrices, Muon's, are left out."""
-    groups = {True: [], False: []}
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in named_parameters.items():
         if specs[name].role != "matrix":
             groups[decays(specs[name].role, config)].append(parameter)
