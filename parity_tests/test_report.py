@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import jax_impl.attention
 import jax_impl.model
 import jax_impl.muon
 import jax_impl.products
@@ -112,7 +113,7 @@ def plant_backward(monkeypatch):
     product = jax_impl.products.product
     wrong = jax.custom_vjp(product.fun, nondiff_argnums=product.nondiff_argnums)
     wrong.defvjp(jax_impl.products._product_forward, transposed_gradient(jax_impl.products._product_backward))
-    monkeypatch.setattr(jax_impl.model, "product", wrong)
+    monkeypatch.setattr(jax_impl.attention, "product", wrong)
 
 
 def plant_optimizer(monkeypatch):

@@ -314,7 +314,11 @@ sys.meta_path.insert(0, Blocker())
 def test_the_torch_side_says_which_extra_it_needs(folder, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(names=("torch",)))
     done = command("train_torch.py", *SMALL, "--out", str(folder / "t"), cwd=folder, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and "pip install -e '.[torch]'" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "pip install 'qwen-from-scratch[torch]'" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_training_with_jax_needs_no_torch(folder, tmp_path):
