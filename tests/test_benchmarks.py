@@ -191,9 +191,7 @@ def test_the_ceiling_is_the_best_rate_of_a_product(monkeypatch):
     def square_product(size):
         def product(count):
             calls.append(size)
-            rate = (
-                2**32 if len(calls) == 3 else 2**31
-            )  # one repeat is faster; powers of two, so that no time is rounded
+            rate = 2**32 if len(calls) == 3 else 2**31  # powers of two: no time is rounded
             clock[0] += count * 2 * size**3 / rate
 
         return product
