@@ -63,7 +63,7 @@ train: $(VENV)/.installed-base
 test: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# Files without training runs or compiled servers; the whole suite is `make test`.
+# A few files that answer in half a minute; the whole suite is `make test`.
 QUICK := tests/test_config.py tests/test_imports.py tests/test_tensors.py parity_tests/test_weights.py \
 	parity_tests/test_newton_schulz.py
 
