@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.job import fingerprint
-from harness.folders import to_hf_config
+from harness.hf_config import to_hf_config
 from recipe.config import RunConfig, from_dict
 from recipe.contract import openmp_threads, xla_threads
 from recipe.params import init_params

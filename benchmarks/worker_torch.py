@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks import notebook
 from benchmarks.job import WorkContract
 from benchmarks.worker import Part, serve
-from harness.folders import to_hf_config
+from harness.hf_config import to_hf_config
 from recipe.config import RunConfig, require
 from recipe.contract import FLOAT32_PROBE, NOT_THERE, accumulation_of, dropout_of, float32_product, openmp_threads
 from recipe.params import param_specs

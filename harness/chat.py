@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipe.config import UserError, require
+from recipe.reading import read_json
 
 
 class ChatTemplate:
@@ -15,7 +16,7 @@ class ChatTemplate:
 
         self.folder = Path(folder)
         file, settings_file = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
-        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        settings = read_json(settings_file) if settings_file.is_file() else {}
         source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")

@@ -20,6 +20,7 @@ import tyro
 
 from harness.surroundings import git_commit
 from recipe.config import UserError, expected, require
+from recipe.reading import short
 
 T = TypeVar("T")
 
@@ -29,6 +30,8 @@ USERS_MISTAKES = (
 
 DISTRIBUTION = "qwen-from-scratch"
 BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+LONGEST_LINE = 1500
+"""Characters of an error's line; what is longer loses its middle."""
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader left
 FRAME = dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")
 OF_TORCH = ("torch", "transformers")
@@ -124,8 +127,13 @@ def run(main: Callable[[], int | None]) -> int:
         print(f"error: {WITHOUT_TORCH}", file=sys.stderr)
         return 2
     except USERS_MISTAKES as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def one_line(message: str) -> str:
+    """A message as one printable line, however long and whatever is in the names that it repeats."""
+    return short(" ".join(message.split()), LONGEST_LINE)
 
 
 def leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

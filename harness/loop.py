@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from harness.folders import load_folder, save_folder, to_hf_config
+from harness.folders import load_folder, save_folder
+from harness.hf_config import to_hf_config
 from harness.plot import plot_runs
 from harness.runlog import RunLog, check_tensorboard
 from harness.state import TrainingState, clear_scratch, find_state, load_state, save_state

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.folders import load_folder, read_json, replacing, set_aside, write_json, write_weights_folder
+from harness.folders import load_folder, replacing, set_aside, write_json, write_weights_folder
 from harness.tensors import StoredTensors, read_header, write_tensors
 from recipe.config import RunConfig, UserError, from_dict, require, to_dict
 from recipe.params import check_weights, shape_problems, slot_shapes
+from recipe.reading import read_json
 
 FORMAT = 1
 """Raised when the meaning of the files changes."""

@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "rope_theta lost on the way to config.json",
-        "harness.folders",
+        "harness.hf_config",
         '"rope_theta": config.rope_theta},',
         '"rope_theta": 10_000.0 * 1.5},',
         "tests/test_checkpoint.py::test_a_saved_folder_comes_back_bit_for_bit",

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from harness.folders import load_folder, save_folder, to_hf_config
+from harness.folders import load_folder, save_folder
+from harness.hf_config import to_hf_config
 from parity_tests.cases import FLOAT32, random_tokens, random_weights
 from parity_tests.sides import JaxModel, TorchModel
 from parity_tests.test_transformers import MODELS

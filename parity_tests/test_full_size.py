@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from harness.folders import load_folder, to_hf_config
+from harness.folders import load_folder
+from harness.hf_config import to_hf_config
 from recipe.params import param_specs
 from recipe.presets import qwen3_0_6b
 

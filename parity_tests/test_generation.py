@@ -16,7 +16,7 @@ from transformers.generation import logits_process
 
 import jax_impl.generate
 import torch_ref.generate
-from harness.folders import to_hf_config
+from harness.hf_config import to_hf_config
 from jax_impl import random as jax_random
 from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_tokens, random_weights

@@ -20,7 +20,8 @@ import jax_impl.attention
 import torch_ref.attention
 import torch_ref.muon
 import torch_ref.train
-from harness.folders import find_weights, load_folder, to_hf_config
+from harness.folders import find_weights, load_folder
+from harness.hf_config import to_hf_config
 from parity_tests.cases import PRECISIONS, random_tokens, random_weights
 from parity_tests.compare import make_rows
 from parity_tests.contract import process_contract

@@ -38,18 +38,26 @@ def expected(hint: Any) -> str:
         return " or ".join("None" if part is NoneType else expected(part) for part in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a tuple, each part {expected(get_args(hint)[0])}"
+    if get_origin(hint) is list:
+        return f"a list, each part {expected(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return f"an object, each value {expected(get_args(hint)[1])}"
     words = {int: "a whole number (int)", float: "a number (float)", bool: "True or False (bool)", str: "a text (str)"}
     return words.get(hint) or f"a {hint.__name__}"
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Whether a value is of a field's type; an int is a float too, a bool is neither."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+        return isinstance(value, tuple) and all(fits(part, get_args(hint)[0]) for part in value)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(fits(part, get_args(hint)[0]) for part in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(fits(part, get_args(hint)[1]) for part in value.values())
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -67,7 +75,7 @@ def check_types(owner: Any, prefix: str = "") -> None:
     for field_ in dataclasses.fields(owner):
         value, hint = getattr(owner, field_.name), _type_hints(type(owner))[field_.name]  # type: ignore[arg-type]
         require(
-            _fits(value, hint),
+            fits(value, hint),
             f"{prefix}{field_.name}={value!r} must be {expected(hint)}; {_choose(owner, field_.name)}.",
         )
 

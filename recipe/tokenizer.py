@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from recipe.config import UserError, require
+from recipe.reading import read_json, take
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call the end of a text, most specific first.
@@ -110,10 +111,12 @@ def _eos_token(rust: RustTokenizer, folder: Path | None, source: str) -> str:
     settings_file = folder / "tokenizer_config.json" if folder else None
     candidates = list(END_NAMES)
     if settings_file is not None and settings_file.is_file():
-        eos = json.loads(settings_file.read_text(encoding="utf-8")).get("eos_token")
-        candidates.insert(0, eos["content"] if isinstance(eos, dict) else eos)
+        eos = take(read_json(settings_file), "eos_token", str | dict | None, str(settings_file), None)
+        if isinstance(eos, dict):
+            eos = take(eos, "content", str, f"{settings_file}: eos_token")
+        candidates[:0] = [] if eos is None else [eos]
     for token in candidates:
-        if token is not None and rust.token_to_id(token) is not None:
+        if rust.token_to_id(token) is not None:
             return token
     raise UserError(f"tokenizer {source} has no end-of-text token (looked for {', '.join(END_NAMES)}); add one.")
 

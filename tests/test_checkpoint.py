@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from harness import cli, folders
 from harness.commands import checkpoint
-from harness.folders import find_weights, from_hf_config, load_folder, save_folder, to_hf_config
+from harness.folders import find_weights, load_folder, save_folder
+from harness.hf_config import from_hf_config, to_hf_config
 from recipe.config import ModelConfig, UserError
 from recipe.params import init_params
 from recipe.tokenizer import load_tokenizer, train_bpe

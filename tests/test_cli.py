@@ -21,7 +21,7 @@ from harness import cli
 from harness.cli import WITHOUT_TORCH, parse, run, version
 from harness.commands.generate import GenerateCommand
 from harness.commands.train import parse_run_config
-from harness.folders import to_hf_config
+from harness.hf_config import to_hf_config
 from recipe.config import ModelConfig, require, to_dict
 from recipe.presets import PRESETS, get_preset
 from recipe.sampling import SamplingOptions

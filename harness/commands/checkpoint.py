@@ -14,10 +14,11 @@ import numpy as np
 import tyro
 
 from harness import cli
-from harness.folders import find_weights, load_folder, read_json, replacing, write_json, write_weights
+from harness.folders import find_weights, load_folder, replacing, write_json, write_weights
 from harness.state import load_state, read_run
 from recipe.config import Dtype, require
 from recipe.params import param_counts
+from recipe.reading import read_json
 
 
 @dataclass(frozen=True)
