@@ -1,26 +1,6 @@
 """Seeded bugs: each one a realistic slip, and the test that must catch it. Run by `python -m parity_tests.mutants`."""
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """An edit of one module's source, and the tests of which at least one must fail under it."""
-
-    name: str
-    module: str
-    old: str
-    new: str
-    caught_by: str
-    """pytest node ids, separated by spaces."""
-
-
-class Equivalent(NamedTuple):
-    """An edit that changes nothing a test of values could see, and why."""
-
-    name: str
-    edit: str
-    reason: str
-
+from parity_tests.mutant import Equivalent, Mutant
 
 MODEL, NS, MUON, TRAIN = "jax_impl.model", "jax_impl.newton_schulz", "jax_impl.muon", "jax_impl.train"
 PRODUCTS, ATTENTION, CACHE, JAX_LOSS = "jax_impl.products", "jax_impl.attention", "jax_impl.cache", "jax_impl.loss"

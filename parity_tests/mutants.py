@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from harness.cli import parse, run
 from harness.surroundings import git_commit
-from parity_tests.mutant_catalogue import EQUIVALENT, MUTANTS, Mutant
+from parity_tests.mutant import Mutant
+from parity_tests.mutant_catalogue import EQUIVALENT
+from parity_tests.mutation import MUTANTS
 from recipe.config import require
 
 ROOT = Path(__file__).resolve().parents[1]

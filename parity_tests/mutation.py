@@ -8,43 +8,46 @@ import importlib.machinery
 import os
 import sys
 
-from parity_tests.mutant_catalogue import MUTANTS, Mutant
+from parity_tests import mutant_catalogue, mutant_gaps
+from parity_tests.mutant import Edit
+
+MUTANTS = (*mutant_catalogue.MUTANTS, *mutant_gaps.MUTANTS)
 
 
-def mutate(source: str, mutant: Mutant) -> str:
-    """The source with the mutant's edit; raises ValueError unless its text occurs exactly once."""
-    count = source.count(mutant.old)
+def mutate(source: str, edit: Edit) -> str:
+    """The source with the edit made; raises ValueError unless its text occurs exactly once."""
+    count = source.count(edit.old)
     if count != 1:
-        raise ValueError(f"mutant {mutant.name}: its text occurs {count} times in {mutant.module}; mend the catalogue.")
-    return source.replace(mutant.old, mutant.new)
+        raise ValueError(f"{edit.old!r} occurs {count} times in {edit.module}; mend the catalogue.")
+    return source.replace(edit.old, edit.new)
 
 
 class _MutatingLoader(importlib.machinery.SourceFileLoader):
     """Compiles the edited source, past any cached bytecode."""
 
-    mutant: Mutant
+    edit: Edit
 
     def get_code(self, fullname: str):
         path = self.get_filename(fullname)
-        source = mutate(self.get_data(path).decode(), self.mutant)
+        source = mutate(self.get_data(path).decode(), self.edit)
         return self.source_to_code(source.encode(), path)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant = mutant
+    def __init__(self, edits: tuple[Edit, ...]) -> None:
+        self.edits = {edit.module: edit for edit in edits}
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != self.mutant.module:
+        if fullname not in self.edits:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         spec.loader = _MutatingLoader(fullname, spec.origin)
-        spec.loader.mutant = self.mutant
+        spec.loader.edit = self.edits[fullname]
         return spec
 
 
 if "MUTANT" in os.environ:
     _mutant = {mutant.name: mutant for mutant in MUTANTS}[os.environ["MUTANT"]]
-    if _mutant.module in sys.modules:
-        raise RuntimeError(f"{_mutant.module} is imported already; load this plugin with -p.")
-    sys.meta_path.insert(0, _Finder(_mutant))
+    if _loaded := [edit.module for edit in _mutant.edits if edit.module in sys.modules]:
+        raise RuntimeError(f"{_loaded[0]} is imported already; load this plugin with -p.")
+    sys.meta_path.insert(0, _Finder(_mutant.edits))

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.mutant_catalogue import MUTANTS
-from parity_tests.mutation import mutate
+from parity_tests.mutation import MUTANTS, mutate
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_edit_applies_and_compiles(mutant):
-    path = ROOT / (mutant.module.replace(".", "/") + ".py")
-    source = path.read_text()
-    mutated = mutate(source, mutant)
-    assert mutated != source
-    compile(mutated, str(path), "exec")
+    for edit in mutant.edits:
+        path = ROOT / (edit.module.replace(".", "/") + ".py")
+        source = path.read_text(encoding="utf-8")
+        mutated = mutate(source, edit)
+        assert mutated != source
+        compile(mutated, str(path), "exec")
     for test in mutant.caught_by.split():
         assert (ROOT / test.partition("::")[0]).is_file(), f"{test} does not exist"
 
@@ -29,7 +29,7 @@ def test_there_are_at_least_forty_and_names_are_unique():
 
 
 def test_an_edit_that_does_not_apply_is_an_error():
-    mutant = MUTANTS[0]._replace(old="no such text")
-    source = Path(importlib.util.find_spec(mutant.module).origin).read_text()
+    edit = MUTANTS[0].edits[0]._replace(old="no such text")
+    source = Path(importlib.util.find_spec(edit.module).origin).read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="occurs 0 times"):
-        mutate(source, mutant)
+        mutate(source, edit)
