@@ -21,7 +21,7 @@ from parity_tests.contract import process_contract
 from parity_tests.montecarlo import SEEDS, allowances, amplification, rounded
 from parity_tests.report import Report, Row
 from parity_tests.taps import Operation, to_numpy, torch_taps, trace_jax
-from parity_tests.tolerance import SAFETY, relative_error
+from parity_tests.tolerance import SAFETY, relative_error, wide
 from recipe.config import require
 from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, require_same
 
@@ -109,12 +109,14 @@ def make_rows(
 
 def _error(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
     """Relative error, infinite for another shape or a value that is not a number; and the worst element in words."""
-    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    value, truth = wide(value), wide(truth)
     if value.shape != truth.shape:
         return math.inf, f"shape {value.shape} instead of {truth.shape}"
+    if not truth.size:
+        return 0.0, "no element"
     error = relative_error(value, truth)
     worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=math.inf)), value.shape)
-    detail = f"worst at {tuple(map(int, worst))}: {float(value[worst])!r} instead of {float(truth[worst])!r}"
+    detail = f"worst at {tuple(map(int, worst))}: {value[worst].item()!r} instead of {truth[worst].item()!r}"
     return (error if math.isfinite(error) else math.inf), detail
 
 

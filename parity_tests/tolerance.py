@@ -15,16 +15,21 @@ import numpy as np
 SAFETY = 2.0
 
 
+def wide(value: np.ndarray) -> np.ndarray:
+    """The array in float64, or in complex128 if it is complex: NumPy's cast would drop the imaginary part."""
+    return np.asarray(value, np.complex128 if np.iscomplexobj(value) else np.float64)
+
+
 def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
-    """||value - truth||_F / ||truth||_F in float64; for a zero truth, ||value||_F."""
-    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    """||value - truth||_F / ||truth||_F in double precision; for a zero truth, ||value||_F."""
+    value, truth = wide(value), wide(truth)
     norm = np.linalg.norm(truth)
     return float(np.linalg.norm(value - truth) / (norm if norm > 0 else 1.0))
 
 
 def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> float:
     """Return the relative error, or raise AssertionError naming tensor, error, allowance and worst index."""
-    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    value, truth = wide(value), wide(truth)
     if value.shape != truth.shape:
         raise AssertionError(f"{name}: shape {value.shape} instead of {truth.shape}")
     error = relative_error(value, truth)
@@ -39,7 +44,12 @@ def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> 
 
 
 def check_all(values: dict[str, np.ndarray], truths: dict[str, np.ndarray], allowance) -> dict[str, float]:
-    """`check` every named array against its namesake; `allowance` is a number or a function of the name."""
+    """`check` every named array against its namesake; `allowance` is a number or a function of the name.
+
+    No arrays at all are no comparison, and fail like a missing one.
+    """
+    if not truths:
+        raise AssertionError("there is nothing to compare: no array has a name")
     if values.keys() != truths.keys():
         raise AssertionError(f"names differ: {sorted(values.keys() ^ truths.keys())}")
     of = allowance if callable(allowance) else lambda _: allowance
