@@ -27,8 +27,9 @@ MODEL = ModelConfig(
     head_dim=4, max_position_embeddings=200, rope_theta=30.0, rms_norm_eps=1e-2, tie_word_embeddings=False,
     attention_bias=True, qk_norm=False, sliding_window=2, max_window_layers=1, initializer_range=0.3, dropout=0.2,
 )  # fmt: skip
+# One update of warm-up, one at the peak, one on the cosine.
 RUN = RunConfig(
-    steps=7,
+    steps=5,
     accumulation=2,
     batch_size=2,
     sequence_length=4,
@@ -37,7 +38,7 @@ RUN = RunConfig(
     model=MODEL,
     muon=MuonConfig(learning_rate=0.03, beta=0.8, nesterov=False, ns_steps=3, eps=1e-2, weight_decay=0.2),
     adamw=AdamWConfig(learning_rate=0.02, beta1=0.7, beta2=0.9, eps=1e-4, weight_decay=0.3, decay_norms=True),
-    schedule=ScheduleConfig(warmup_fraction=0.36, final_factor=0.25),
+    schedule=ScheduleConfig(warmup_fraction=0.15, final_factor=0.25),
     precision=FLOAT64,
 )
 RUNS = {
