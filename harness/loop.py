@@ -114,7 +114,7 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
     lines.append(f"folder     {config.out}")
-    return lines
+    return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
 
 def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
@@ -191,7 +191,7 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
         plot_runs([folder], picture, baselines=baselines)
         print(f"validation {best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
         kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
-        print(f"weights    {' and '.join(kept)}; picture {picture}")
+        print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
 
 
 @contextlib.contextmanager
@@ -309,7 +309,7 @@ def _mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) ->
         names = (folder / f"best-damaged-{number}" for number in itertools.count(1))
         best.rename(next(name for name in names if not os.path.lexists(name)))
     records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
-    if any((record["step"], record["loss"]) == (state.position, state.best) for record in records):
+    if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
         save_folder(best, config.model, state.weights, tokenizer)
         said = "written again from last/, which is as good"
     else:
@@ -331,7 +331,7 @@ def _fail(config: RunConfig, reason: str) -> NoReturn:
     """One line on stderr and exit code 1; names the folders that are there."""
     kept = [f"{name}/" for name in ("best", "last") if (Path(config.out) / name).is_dir()]
     remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
-    raise SystemExit(f"error: {reason}; {config.out} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
+    raise SystemExit(f"error: {reason}; {short(config.out, 300)} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
 
 
 def _batch_shape(config: RunConfig) -> dict[str, int]:
@@ -418,7 +418,7 @@ def _optimize(
 
 def _skipped_in_a_row(folder: Path) -> tuple[int, int]:
     """Updates skipped so far, by a run's log, and how many of them since the last one that was applied."""
-    counts = [0, *(record["skipped"] for record in read_metrics(folder) if record["kind"] == "train")]
+    counts = [0, *(record.get("skipped", 0) for record in read_metrics(folder) if record["kind"] == "train")]
     rising = [after > before for before, after in itertools.pairwise(counts)]
     return counts[-1], sum(1 for _ in itertools.takewhile(bool, reversed(rising)))
 

@@ -284,7 +284,8 @@ class DataConfig:
     max_tokens: int | None = None
     """Keep the first so many tokens."""
     split: Literal["documents", "leaking-windows"] = "documents"
-    """documents holds out whole documents; leaking-windows is the seed's: overlapping windows split at random."""
+    """documents holds out whole documents, or the end of the longest where none fits; leaking-windows is the seed's:
+    overlapping windows split at random."""
     validation_fraction: float = 0.05
     """Share of the characters (or windows) held out, above 0 and below 1; of the plays always the same two."""
     validation_tokens: int = 32_768

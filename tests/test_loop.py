@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import harness.state
 from harness import loop
 from harness.folders import load_folder, save_folder
+from harness.plot import plot_runs
 from harness.runlog import read_metrics
 from harness.state import load_state
 from recipe.config import DataConfig, ModelConfig, RunConfig, UserError
@@ -459,6 +461,20 @@ def test_an_evaluation_without_a_number_is_said_and_is_not_the_best(config, caps
     out = capsys.readouterr().out
     assert out.count("warning: the validation loss after step 8 is nan") == 1 == out.count("warning")
     assert np.isfinite(load_state(Path(config.out) / "last").best)
+
+
+@pytest.mark.parametrize("odd", ["\u6f22 \u00e9", "$a^$", b"caf\xe9\n\x1b[31m".decode("utf-8", "surrogateescape")])
+def test_a_run_goes_to_its_end_whatever_its_paths_are_called(odd, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "plot_runs", plot_runs)
+    corpus = Path(config.data.corpus).rename(tmp_path / f"{odd}.txt")
+    data = dataclasses.replace(config.data, corpus=str(corpus))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the picture then has a box for it
+        train(dataclasses.replace(config, out=str(tmp_path / odd), data=data))
+    assert (tmp_path / odd / "loss.png").is_file()
+    said = capsys.readouterr().out
+    said.encode()
+    assert "\x1b" not in said
 
 
 def test_the_samples_are_utf_8_whatever_the_locale(config, monkeypatch):
