@@ -183,7 +183,7 @@ def run_stage(stage: str, out: Path, *, limit: float, dry: bool) -> bool:
     """Run what is not done of a stage; whether all of it is done now. `status.json` says how each command ended."""
     out.mkdir(parents=True, exist_ok=True)
     started, status_file = time.monotonic(), out / "status.json"
-    status = json.loads(status_file.read_text()) if status_file.exists() else {}
+    status = json.loads(status_file.read_text(encoding="utf-8")) if status_file.exists() else {}
     print(f"=== {stage}: results in {out}", flush=True)
     if run_command("preamble", ["-c", PREAMBLE], out / "preamble.log", seconds=limit, dry=dry) != 0:
         return False
@@ -208,7 +208,7 @@ def run_stage(stage: str, out: Path, *, limit: float, dry: bool) -> bool:
         seconds = round(time.monotonic() - began, 1)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         status[name] = {"code": code, "seconds": seconds, "date": date}
-        status_file.write_text(json.dumps(status, indent=2) + "\n")
+        status_file.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
         print(f"--- {name}: exit code {code} after {seconds} s", flush=True)
         complete &= code == 0
     for record in ("run.json", "metrics.jsonl"):  # what the report needs; the weights beside them stay where they are

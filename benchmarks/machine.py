@@ -14,7 +14,7 @@ def physical_cores() -> list[int]:
     seen, cores = set(), []
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else str(cpu)
+        core = siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu)
         if core not in seen:
             seen.add(core)
             cores.append(cpu)
@@ -23,7 +23,7 @@ def physical_cores() -> list[int]:
 
 def cpu_name() -> str:
     """The processor's model and how many logical CPUs this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     family = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
     numbers = f"family {family.get('cpu family', '?')} model {family.get('model', '?')}"
@@ -32,7 +32,7 @@ def cpu_name() -> str:
 
 def vector_extensions() -> list[str]:
     """The instruction sets that decide how fast matrix products can be."""
-    flags = Path("/proc/cpuinfo").read_text().split()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     known = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
     return [name for name in known if name in flags]
 
@@ -40,7 +40,7 @@ def vector_extensions() -> list[str]:
 def busy_seconds(cpus: list[int]) -> float:
     """CPU seconds not idle since boot, summed over these CPUs; time stolen by the hypervisor counts as busy."""
     wanted, total = {f"cpu{cpu}" for cpu in cpus}, 0
-    for line in Path("/proc/stat").read_text().splitlines():
+    for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
         name, *ticks = line.split()
         if name in wanted:
             user, nice, system, _idle, _wait, interrupt, soft_interrupt, steal = map(int, ticks[:8])
@@ -50,14 +50,14 @@ def busy_seconds(cpus: list[int]) -> float:
 
 def peak_memory_bytes() -> int:
     """Largest resident set of this process since its start or since `reset_peak_memory`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def reset_peak_memory() -> bool:
     """Let the peak count from the present size; False where the kernel forbids it."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

@@ -297,7 +297,9 @@ def main() -> None:
     """Read the files, print one table, write table and picture."""
     describe = "Put several results into one table and one picture."
     options = parse(ReportConfig, sys.argv[1:], prog="benchmarks.report", description=describe)
-    rows = [json.loads(line) for name in options.results for line in Path(name).read_text().splitlines()]
+    rows = [
+        json.loads(line) for name in options.results for line in Path(name).read_text(encoding="utf-8").splitlines()
+    ]
     require(bool(rows), "the files given hold no rows; name the .jsonl files that benchmarks.throughput wrote.")
     show(rows, options.out, table=markdown, bars=plot, curves=plot_scaling)
 

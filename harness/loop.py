@@ -5,27 +5,34 @@ A framework offers a `Trainer`; everything here is NumPy and the same for both, 
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.plot import plot_runs
-from harness.runlog import RunLog, check_tensorboard
+from harness.runlog import RunLog, check_tensorboard, read_metrics
 from harness.state import TrainingState, clear_scratch, find_state, load_state, save_state
+from harness.tensors import CODES, DTYPES
 from recipe.baselines import ngram_baselines
-from recipe.config import PROFILE_AFTER, RunConfig, require, to_dict
+from recipe.config import PROFILE_AFTER, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
-from recipe.params import init_params, param_counts
+from recipe.lock import locked
+from recipe.params import check_weights, init_params, param_counts
+from recipe.reading import short, some
 from recipe.sampling import SamplingOptions
+from recipe.tokenizer import Tokenizer, load_tokenizer
 
 # Plain lines and bars show a record at least this often, however long a step takes.
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -107,7 +114,7 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
     lines.append(f"folder     {config.out}")
-    return lines
+    return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
 
 def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
@@ -120,73 +127,224 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
     """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
     picture, best weights, last state, samples.
 
-    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights.
+    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights. What can be known to be wrong
+    raises UserError before the folder is made or touched. A run that came to nothing, after its state is saved, ends
+    the process with one line and exit code 1.
     """
-    folder, state = Path(config.out), None
+    folder = Path(config.out)
     to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
     if config.tensorboard:
         check_tensorboard()
-    if config.resume:
-        state = load_state(find_state(folder))
-        finished = state.position == config.steps and (folder / "loss.png").exists()
-        require(not finished, f"--resume {folder} is finished, all {config.steps} steps; begin a new run.")
-    else:
-        taken = folder.exists() and any(folder.iterdir())
-        require(not taken, f"--out {folder} already holds files; name a new folder.")
-    dataset = prepare(config.data, seed=config.seed, show_progress=True)
-    if state is None and not config.init:
-        config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
-    require(
-        dataset.tokenizer.vocab_size <= config.model.vocab_size,
-        f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, the weights of {config.init or folder} only "
-        f"{config.model.vocab_size} rows; pass the --data.tokenizer they came with.",
-    )
-    dataset.batch(0, **_batch_shape(config))  # A sequence longer than the text must fail before a folder is made.
-    position, best = 0, math.inf
-    if state is None:
-        weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
-        trainer = make_trainer(config, weights)
-        del weights  # The trainer has its own; these would stay as long as the run.
-    else:
-        require(
-            state.text == dataset.fingerprint,
-            f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
-            "begin a new run.",
-        )
-        clear_scratch(folder)
-        state = load_state(folder / "last")
-        trainer = make_trainer(config, state.weights)
-        trainer.restore(state.slots, state.updates, state.skipped)
-        position, best = state.position, state.best
-    baselines = ngram_baselines(dataset)
-    about = dict(framework=framework, environment=trainer.environment)
-    with RunLog(folder, config, **about, resume_at=position if config.resume else None) as log:
-        log.header(describe(config, trainer.environment))
-        log.header([_describe_data(config, dataset)])
-        if state is not None:
-            log.header([f"resumed    after step {position}: {state.updates} updates, {state.skipped} skipped"])
+    with contextlib.ExitStack() as alone:
+        state, position, best = None, 0, math.inf
+        if config.resume:
+            find_state(folder)
+            alone.enter_context(_alone(folder))
+            state = load_state(find_state(folder))
+            finished = state.position == config.steps and (folder / "loss.png").exists()
+            require(not finished, f"--resume {folder} is finished, all {config.steps} steps; begin a new run.")
+            dataset = _text_again(config, state)
         else:
-            log.log_baselines(baselines, dataset.bytes_per_token)
-        with Interruption() as interruption:
-            best = _optimize(config, dataset, trainer, log, interruption, position, best)
-        log.header(_samples(config, dataset, trainer, folder))
-    picture = folder / "loss.png"
-    plot_runs([folder], picture, baselines=baselines)
-    print(f"validation {best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
-    print(f"weights    {folder / 'best'} and {folder / 'last'}; picture {picture}")
+            _check_place(config)
+            dataset = prepare(config.data, seed=config.seed, show_progress=True)
+            if not config.init:
+                config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
+        require(
+            dataset.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, the weights of {config.init or folder} only "
+            f"{config.model.vocab_size} rows; pass the --data.tokenizer they came with.",
+        )
+        dataset.check_length(config.sequence_length)
+        dataset.batch(0, **_batch_shape(config))
+        _check_prompts(config, dataset.tokenizer)
+        if state is None:
+            weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
+            if config.init:
+                _check_finite(config, weights)
+            trainer = make_trainer(config, weights)
+            del weights  # The trainer has its own; these would stay as long as the run.
+        else:
+            clear_scratch(folder)
+            state = load_state(folder / "last")
+            trainer = make_trainer(config, state.weights)
+            trainer.restore(state.slots, state.updates, state.skipped)
+            position, best = state.position, state.best
+            if math.isfinite(best):
+                best = _mend_best(config, state, dataset.tokenizer)
+        baselines = ngram_baselines(dataset)
+        about = dict(framework=framework, environment=trainer.environment)
+        if state is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            alone.enter_context(_alone(folder))
+        with RunLog(folder, config, **about, resume_at=position if config.resume else None) as log:
+            log.header(describe(config, trainer.environment))
+            log.header(_describe_data(config, dataset))
+            if state is not None:
+                log.header([f"resumed    after step {position}: {state.updates} updates, {state.skipped} skipped"])
+            else:
+                log.log_baselines(baselines, dataset.bytes_per_token)
+            with Interruption() as interruption:
+                best = _optimize(config, dataset, trainer, log, interruption, position, best)
+            _check_outcome(config, trainer, best)
+            log.header(_samples(config, dataset, trainer, folder))
+        picture = folder / "loss.png"
+        plot_runs([folder], picture, baselines=baselines)
+        print(f"validation {best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
+        kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
+        print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run folder, so that nobody else writes to it; UserError if somebody does."""
+    with locked(folder) as held:
+        require(held is not False, f"{folder} is being trained by another process; wait for it, or stop it.")
+        yield
+
+
+def _check_place(config: RunConfig) -> None:
+    """Raise UserError if the run folder is taken, or cannot be made, or has no room for the weights."""
+    folder = Path(config.out)
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        require(not taken, f"--out {folder} already holds files; name a new folder.")
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        require(above.is_dir(), f"--out {folder} lies under {above}, which is a file; choose a folder's path.")
+        require(os.access(above, os.W_OK | os.X_OK), f"--out {folder}: {above} may not be written to; choose another.")
+        longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        long = [part for part in folder.parts if len(os.fsencode(part)) > longest]
+        require(not long, f"--out {short(str(folder))} has a name of more than {longest} bytes; choose a shorter one.")
+        free = shutil.disk_usage(above).free
+    except OSError as error:
+        raise UserError(f"--out {short(str(folder))} cannot be a folder ({error.strerror}); choose another.") from None
+    counts = param_counts(config.model)
+    # best/ in float32; last/ has the weights, one slot a number under Muon and two under AdamW.
+    needed = 4 * counts.total + _dtype(config).itemsize * (counts.total + counts.muon + 2 * counts.adamw)
+    require(
+        needed <= free,
+        f"--out {folder} needs some {needed / 1e9:,.1f} GB for best/ and last/, and {above} has {free / 1e9:,.1f} GB "
+        "left; make room, or choose another.",
+    )
+
+
+def _dtype(config: RunConfig) -> np.dtype:
+    """NumPy's dtype of the parameters."""
+    return np.dtype(DTYPES[CODES[config.precision.params]])
+
+
+def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raise UserError if a prompt of the samples cannot be continued; that shows only after training otherwise."""
+    limit = config.model.max_position_embeddings
+    for prompt in config.prompts if config.sample_tokens else ():
+        shown = short(repr(prompt))
+        require(prompt.isascii() or _encodable(prompt), f"--prompts {shown} is not Unicode text; pass another.")
+        tokens = len(tokenizer.encode(prompt))
+        require(tokens > 0, f"--prompts {shown} has no tokens; pass a text, or --sample_tokens 0 for no samples.")
+        require(
+            tokens < limit,
+            f"--prompts {shown} has {tokens} tokens, and model.max_position_embeddings={limit} leaves no room to go "
+            "on; pass a shorter one, or --sample_tokens 0 for no samples.",
+        )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate, which Python makes of bytes that are not UTF-8
+        return False
+
+
+def _check_finite(config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """Raise UserError if weights to begin with are not finite in the parameters' dtype: no update would be applied."""
+    with np.errstate(over="ignore"):
+        wrong = [name for name in weights if not np.isfinite(weights[name].astype(_dtype(config), copy=False)).all()]
+    require(
+        not wrong,
+        f"--init {config.init} has numbers that are not finite in {config.precision.params}, in {some(wrong)}; begin "
+        "with other weights.",
+    )
+
+
+def _text_again(config: RunConfig, state: TrainingState) -> Dataset:
+    """The dataset of a run to go on with, read with the run's own copy of its tokenizer.
+
+    UserError, which says what to restore, if it cannot be had or is another than the run began with.
+    """
+    folder, saved = Path(config.out), None
+    with contextlib.suppress(UserError):
+        saved = load_tokenizer(find_state(folder))
+    try:
+        given = None if config.data.tokenizer == "bpe" else saved
+        dataset = prepare(config.data, seed=config.seed, show_progress=True, tokenizer=given)
+    except UserError as error:
+        raise UserError(f"--resume {folder} needs the text it began with, so restore that; it says: {error}") from None
+    require(
+        state.text == dataset.fingerprint,
+        f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
+        "begin a new run.",
+    )
+    require(
+        saved is None or saved.identity == dataset.tokenizer.identity,
+        f"--resume {folder}: its tokenizer.json is not that of its text; go on from another copy of the state.",
+    )
+    return dataset
+
+
+def _mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> float:
+    """The loss of the weights in best/, once they are seen to be there.
+
+    If they are not, last/ may hold the same; otherwise the best of the evaluations to come is kept, and that is said.
+    What is damaged is set aside.
+    """
+    folder = Path(config.out)
+    best = folder / "best"
+    try:
+        require(best.is_dir(), "it is not there")
+        check_weights(load_folder(best)[1], config.model)
+        load_tokenizer(best)
+        return state.best
+    except (UserError, OSError) as error:
+        reason = short(str(error), 300)
+    if os.path.lexists(best):
+        names = (folder / f"best-damaged-{number}" for number in itertools.count(1))
+        best.rename(next(name for name in names if not os.path.lexists(name)))
+    records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
+    if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
+        save_folder(best, config.model, state.weights, tokenizer)
+        said = "written again from last/, which is as good"
+    else:
+        said = f"lost, with its loss of {state.best:.4f}; the best of the evaluations to come is kept"
+    print(f"warning: best/ cannot be read ({reason}); it is {said}", file=sys.stderr)
+    return state.best if best.is_dir() else math.inf
+
+
+def _check_outcome(config: RunConfig, trainer: Trainer, best: float) -> None:
+    """End the process with exit code 1 if no update was applied, or if no evaluation gave a number."""
+    updates, skipped = trainer.counts()
+    if updates == 0:
+        _fail(config, f"no update was applied: the gradients of all {skipped} were not finite")
+    if not math.isfinite(best):
+        _fail(config, "no validation loss was finite")
+
+
+def _fail(config: RunConfig, reason: str) -> NoReturn:
+    """One line on stderr and exit code 1; names the folders that are there."""
+    kept = [f"{name}/" for name in ("best", "last") if (Path(config.out) / name).is_dir()]
+    remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
+    raise SystemExit(f"error: {reason}; {short(config.out, 300)} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
 
 
 def _batch_shape(config: RunConfig) -> dict[str, int]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 
-def _describe_data(config: RunConfig, dataset: Dataset) -> str:
+def _describe_data(config: RunConfig, dataset: Dataset) -> list[str]:
     tokens = len(dataset.train_tokens)
-    return (
+    return [f"corpus     {dataset.said}"] * bool(dataset.said) + [
         f"text       {tokens:,} training tokens ({config.steps * config.tokens_per_step / tokens:.2f} epochs), "
         f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, "
         f"split {config.data.split}"
-    )
+    ]
 
 
 def _optimize(
@@ -208,6 +366,8 @@ def _optimize(
         bits_per_byte = loss / math.log(2) / dataset.bytes_per_token
         perplexity = math.exp(loss) if loss < 700 else math.inf
         log.log_validation(step=step, loss=loss, accuracy=accuracy, perplexity=perplexity, bits_per_byte=bits_per_byte)
+        if not math.isfinite(loss):
+            log.header([f"warning: the validation loss after step {step} is {loss}, so best/ is left as it is"])
         if loss < best and step > 0:
             best = loss
             save_folder(folder / "best", config.model, trainer.weights(), dataset.tokenizer)
@@ -219,8 +379,12 @@ def _optimize(
         save_state(folder / "last", state, dataset.tokenizer, log.about)
 
     first = position + 1
+    skipped, in_a_row = _skipped_in_a_row(folder) if position else (0, 0)
+    too_many = f"{config.max_skipped} updates in a row were skipped: their gradients were not finite"
     if position == 0:
         evaluate(0)
+    if position == config.steps and in_a_row >= config.max_skipped:
+        _fail(config, too_many)
     pending, since = [], time.perf_counter()
     for step in _traced(range(first, config.steps + 1), config, trainer):
         pending.append((step, trainer.step(*dataset.batch(step - 1, **_batch_shape(config)))))
@@ -231,19 +395,32 @@ def _optimize(
         due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
         if evaluating or saving or due or step == first or step % config.log_every == 0:
             records: list[tuple[int, dict[str, Any]]]
+            failing = False
             records = [(done, {name: float(x) for name, x in metrics.items()}) for done, metrics in pending]
             seconds = (time.perf_counter() - since) / len(records)
             for done, metrics in records:
                 log.log_step(step=done, seconds=seconds, tokens=config.tokens_per_step, **metrics)
+                in_a_row = in_a_row + 1 if metrics["skipped"] > skipped else 0
+                skipped = metrics["skipped"]
+                failing = failing or in_a_row >= config.max_skipped
             pending = []
             if evaluating:
                 evaluate(step)
-            if saving:
+            if saving or failing:
                 save()  # After its step's records, which a resumed run goes on from.
+            if failing:
+                _fail(config, too_many)
             since = time.perf_counter()
         if stopping:
             interruption.leave()
     return best
+
+
+def _skipped_in_a_row(folder: Path) -> tuple[int, int]:
+    """Updates skipped so far, by a run's log, and how many of them since the last one that was applied."""
+    counts = [0, *(record.get("skipped", 0) for record in read_metrics(folder) if record["kind"] == "train")]
+    rising = [after > before for before, after in itertools.pairwise(counts)]
+    return counts[-1], sum(1 for _ in itertools.takewhile(bool, reversed(rising)))
 
 
 def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterator[int]:
@@ -269,5 +446,5 @@ def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path
         options = dataclasses.replace(options, stop_ids=(dataset.tokenizer.eos_id,))
         new = list(trainer.generate(tokens, options))
         texts.append(dataset.tokenizer.decode([*tokens, *new]))
-    (folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
+    (folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
     return ["", *"\n---\n".join(texts).splitlines(), ""]

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.runlog import read_metrics
 from recipe.config import require
+from recipe.reading import short
 
 
 def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:
@@ -77,4 +78,5 @@ def _labels(folders: list[str | Path]) -> list[str]:
         if not (path / "run.json").is_file():
             raise FileNotFoundError(f"{path / 'run.json'} does not exist; give a run folder.")
         frameworks.append(json.loads((path / "run.json").read_text(encoding="utf-8"))["framework"])
-    return [f"{name} ({framework})" for name, framework in zip(names, frameworks, strict=True)]
+    shown = [short(name, 200).replace("$", r"\$") for name in names]  # a pair of $ would be mathematics
+    return [f"{name} ({framework})" for name, framework in zip(shown, frameworks, strict=True)]

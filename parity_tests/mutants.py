@@ -115,7 +115,7 @@ def main() -> int:
     survivors = [outcome.mutant.name for outcome in outcomes if not outcome.killer]
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} caught in {time.perf_counter() - start:.0f} s")
     if len(mutants) == len(MUTANTS):
-        Path(ROOT / command.out).write_text(table(outcomes))
+        Path(ROOT / command.out).write_text(table(outcomes), encoding="utf-8")
         print(command.out)
     if survivors:
         print("survived: " + "; ".join(survivors), file=sys.stderr)

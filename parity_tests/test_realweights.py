@@ -118,7 +118,7 @@ def test_a_short_fine_tune_lowers_the_loss_in_both(published, tmp_path):
     for side in SIDES:
         out = tmp_path / side
         command(f"train_{side}.py", *arguments, "--init", str(published.folder), "--out", str(out))
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses[side] = [record["loss"] for record in records if record["kind"] == "validation"]
         print(f"\n{side}: validation loss {' -> '.join(f'{loss:.4f}' for loss in losses[side])}")
         assert losses[side] == sorted(losses[side], reverse=True)

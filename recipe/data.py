@@ -4,6 +4,7 @@ The cache is plain: train.npy, validation.npy, tokenizer.json and manifest.json 
 corpus, the tokenizer and every option; it is built beside its place and renamed into it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,21 +12,26 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from recipe.config import DataConfig, require
+from recipe.config import DataConfig, UserError, require
 from recipe.corpus import Documents, load_documents
+from recipe.lock import locked
+from recipe.reading import read_json, short, take
 from recipe.tokenizer import Tokenizer, library_version, load_tokenizer, train_bpe
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of the cached files changes."""
+CACHED = {"train.npy", "validation.npy", "tokenizer.json"}
 HELD_OUT_PLAYS = slice(9, None, 19)
 """Of the 38 plays by name: Henry IV, Part 1 and The Comedy of Errors."""
+NEAR = 1000
+"""Characters at most by which a cut moves to a blank line, the end of a line, or a space."""
 CHARACTERS_AT_ONCE = 2**20
 
 
@@ -48,12 +54,16 @@ class Dataset:
         bytes_per_token: float,
         leaking_fraction: float | None,
         seed: int,
+        said: str = "",
     ) -> None:
-        """`leaking_fraction` is the share of stride-1 windows held out under leaking-windows, else None."""
+        """`leaking_fraction` is the share of stride-1 windows held out under leaking-windows, else None.
+
+        `said` is one line on what was read of the corpus, or empty.
+        """
         self.tokenizer = tokenizer
         self.train_tokens, self.validation_tokens = train_tokens, validation_tokens
         self.bytes_per_token = bytes_per_token
-        self.leaking_fraction, self.seed = leaking_fraction, seed
+        self.leaking_fraction, self.seed, self.said = leaking_fraction, seed, said
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
         self._leaking_starts = functools.lru_cache(maxsize=2)(self._split_windows)
 
@@ -89,6 +99,11 @@ class Dataset:
         for first in range(0, count * rows, rows):
             yield _windows(self.held_out_tokens, starts[first : first + rows], sequence_length)
 
+    def check_length(self, sequence_length: int) -> None:
+        """Raise UserError if the training text or the held-out text is shorter than one window."""
+        self._train_starts(sequence_length)
+        self._validation_starts(sequence_length)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the training tokens, by which a resumed run knows its text."""
@@ -114,7 +129,12 @@ class Dataset:
         assert self.leaking_fraction is not None, "only leaking-windows splits windows"
         _starts(self.train_tokens, sequence_length, "training")
         starts = _generator(self.seed, 2**31).permutation(len(self.train_tokens) - sequence_length)
-        held_out = max(1, round(self.leaking_fraction * len(starts)))
+        require(
+            len(starts) > 1,
+            f"sequence_length={sequence_length} leaves one window, and leaking-windows needs one to train on and one "
+            "to hold out; lower --sequence_length or name a longer corpus.",
+        )
+        held_out = min(len(starts) - 1, max(1, round(self.leaking_fraction * len(starts))))
         return starts[held_out:], starts[:held_out]
 
     def _permute(self, epoch: int, windows: int) -> np.ndarray:
@@ -142,11 +162,14 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, sequence_length: int) -> tu
     return windows[:, :-1], windows[:, 1:]
 
 
-def prepare(config: DataConfig, *, seed: int, show_progress: bool) -> Dataset:
-    """The dataset that the configuration describes, from the cache or built into it."""
+def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: Tokenizer | None = None) -> Dataset:
+    """The dataset that the configuration describes, from the cache or built into it.
+
+    `tokenizer`, if it is given, stands for the one that the configuration names.
+    """
     documents = load_documents(config)
     split = split_documents(documents, config, seed)
-    given = None if config.tokenizer == "bpe" else load_tokenizer(config.tokenizer)
+    given = load_tokenizer(config.tokenizer) if tokenizer is None and config.tokenizer != "bpe" else tokenizer
     options = {
         "format": FORMAT,
         "corpus": documents.identity,
@@ -155,7 +178,8 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool) -> Dataset:
         else hashlib.sha256(given.identity.encode()).hexdigest(),
         "max_tokens": config.max_tokens,
         "split": config.split,
-        "validation": hashlib.sha256("\0".join(split.validation).encode()).hexdigest(),
+        "train": _digest(split.train),
+        "validation": _digest(split.validation),
     }
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder(config) / key
@@ -169,56 +193,109 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool) -> Dataset:
         bytes_per_token=manifest["bytes_per_token"],
         leaking_fraction=config.validation_fraction if config.split == "leaking-windows" else None,
         seed=seed,
+        said=documents.said,
     )
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} ".encode() + text.encode())
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cache_folder(config: DataConfig) -> Path:
     """Where caches lie: `cache_dir`, else $QWEN_FROM_SCRATCH_CACHE, else ~/.cache/qwen-from-scratch."""
     named = config.cache_dir or os.environ.get("QWEN_FROM_SCRATCH_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "qwen-from-scratch"
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "qwen-from-scratch"
+    except RuntimeError:
+        raise UserError("no home folder is known, so no place for the cache; pass --data.cache_dir FOLDER.") from None
 
 
 def split_documents(documents: Documents, config: DataConfig, seed: int) -> Split:
-    """Whole documents held out; a single document is cut at a line break; leaking-windows holds out none here.
+    """Two of the plays, so that losses compare between runs; of other corpora a share of the characters.
 
-    Of the plays two fixed ones, so that losses compare between runs; of other corpora a share drawn by the seed.
+    Whole documents are held out, drawn by the seed, until a tenth of the share at most is missing or too much (of what
+    is left to train on, if that is less). Where no whole document fits, the longest is cut, and its end is held out.
+    leaking-windows holds out none here.
     """
     texts = documents.texts
     if config.split == "leaking-windows":
         return Split(texts, [])
-    if len(texts) == 1:
-        cut = int(len(texts[0]) * (1.0 - config.validation_fraction))
-        cut = texts[0].rfind("\n", 0, cut) + 1 or cut
-        return Split([texts[0][:cut]], [texts[0][cut:]])
     if config.corpus == "shakespeare" and config.max_documents is None:
         held_out = set(range(len(texts))[HELD_OUT_PLAYS])
-    else:
-        count = min(len(texts) - 1, max(1, round(config.validation_fraction * len(texts))))
-        held_out = set(_generator(seed, 2**30).permutation(len(texts))[:count].tolist())
-    return Split(
-        [text for index, text in enumerate(texts) if index not in held_out],
-        [text for index, text in enumerate(texts) if index in held_out],
-    )
+        return Split(
+            [text for index, text in enumerate(texts) if index not in held_out],
+            [text for index, text in enumerate(texts) if index in held_out],
+        )
+    total = sum(map(len, texts))
+    wanted = min(max(1, round(config.validation_fraction * total)), total - 1)
+    slack = min(wanted, total - wanted) // 10
+    held_out, missing = set(), wanted
+    for index in _generator(seed, 2**30).permutation(len(texts)).tolist():
+        if missing > slack and len(texts[index]) <= missing + slack:
+            held_out.add(index)
+            missing -= len(texts[index])
+    train = [text for index, text in enumerate(texts) if index not in held_out]
+    validation = [text for index, text in enumerate(texts) if index in held_out]
+    if missing > slack or not validation:
+        text = max(train, key=lambda text: len(text.strip()))
+        cuttable = len(text.strip()) > 1
+        require(
+            cuttable or len(texts) > 1,
+            "the corpus is a single character, so nothing can be held out; name a longer one.",
+        )
+        if cuttable:
+            cut = _cut(text, missing, min(slack, NEAR))
+            train[train.index(text)] = text[:cut]
+            validation.append(text[cut:])
+        elif not validation:
+            validation.append(train.pop())
+    return Split(train, validation)
 
 
-def _read_manifest(folder: Path, options: dict) -> dict | None:
+def _cut(text: str, end: int, near: int) -> int:
+    """Where to cut the text so that some `end` characters come after and neither part is blank.
+
+    After the last blank line, line or space of the `near` characters before that place, else just there.
+    """
+    first, last = len(text) - len(text.lstrip()) + 1, len(text.rstrip()) - 1
+    cut = min(max(len(text) - end, first), last)
+    for mark in ("\n\n", "\n", " "):
+        place = text.rfind(mark, max(first, cut - near), cut)
+        if place >= 0:
+            return place + len(mark)
+    return cut
+
+
+def _read_manifest(folder: Path, options: dict) -> dict[str, Any] | None:
     """The manifest of a whole cache entry; None if it is missing or damaged, in which case it is built again."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("train", "validation"):
-            tokens = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            if hashlib.sha256(tokens.tobytes()).hexdigest() != manifest[f"{name}_sha256"]:
-                return None
-        load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, EOFError):
+        manifest = read_json(folder / "manifest.json")
+        hashes = take(manifest, "sha256", dict[str, str], "manifest.json")
+        if not hashes.keys() >= CACHED or any(_file_hash(folder / name) != hashes[name] for name in hashes):
+            return None
+        take(manifest, "bytes_per_token", float, "manifest.json")
+    except (OSError, UserError):
         return None
     return manifest if manifest.get("options") == options else None
 
 
 def _build(
     folder: Path, split: Split, tokenizer: Tokenizer | None, config: DataConfig, options: dict, show_progress: bool
-) -> dict:
-    """Tokenise and write the cache entry whole or not at all."""
+) -> dict[str, Any]:
+    """Tokenise and write the cache entry whole or not at all; the manifest of this one or of another's that was first.
+
+    UserError if the cache cannot be written.
+    """
     if tokenizer is None:
         tokenizer = train_bpe(split.train, config.bpe_vocab_size)
     train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", show_progress=show_progress)
@@ -233,21 +310,59 @@ def _build(
         "vocab_size": tokenizer.vocab_size,
         "train_tokens": len(train),
         "validation_tokens": len(validation),
-        "train_sha256": hashlib.sha256(train.tobytes()).hexdigest(),
-        "validation_sha256": hashlib.sha256(validation.tobytes()).hexdigest(),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    np.save(scratch / "train.npy", train, allow_pickle=False)
-    np.save(scratch / "validation.npy", validation, allow_pickle=False)
-    tokenizer.save(scratch)
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged entry
     try:
-        scratch.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(scratch)
+        return _publish(folder, manifest, {"train": train, "validation": validation}, tokenizer)
+    except OSError as error:
+        # NumPy's has no number: it tells how many values it could not write.
+        reason = short(error.strerror or f"{error}, as if the disk were full")
+        raise UserError(
+            f"the cache {short(str(folder.parent), 300)} cannot be written ({reason}); make room there, or pass "
+            "another place as --data.cache_dir."
+        ) from None
+
+
+def _publish(
+    folder: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Write the entry beside its place and rename it there, unless another process has been first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder.parent) as scratch:
+        for name, array in arrays.items():
+            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+        tokenizer.save(scratch)
+        manifest["sha256"] = {file.name: _file_hash(file) for file in sorted(scratch.iterdir())}
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        with locked(folder.parent, wait=True):
+            found = _read_manifest(folder, manifest["options"])
+            if found is not None:
+                return found
+            shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged entry
+            try:
+                scratch.rename(folder)
+            except OSError:  # another was first all the same, where there are no locks
+                found = _read_manifest(folder, manifest["options"])
+                if found is None:
+                    raise
+                return found
     return manifest
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path) -> Iterator[Path]:
+    """A folder of the cache to build in, gone at the end; those of builders that were killed go first."""
+    with contextlib.ExitStack() as building:
+        with locked(cache, wait=True):
+            for left in cache.glob(".building-*"):
+                with contextlib.suppress(OSError), locked(left) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+            building.enter_context(locked(scratch))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def encode_texts(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ import pytest
 
 import harness.state
 from harness import loop
-from harness.folders import load_folder
+from harness.folders import load_folder, save_folder
+from harness.plot import plot_runs
 from harness.runlog import read_metrics
 from harness.state import load_state
 from recipe.config import DataConfig, ModelConfig, RunConfig, UserError
-from recipe.params import slot_shapes
+from recipe.lock import fcntl, locked
+from recipe.params import init_params, slot_shapes
+from recipe.tokenizer import load_tokenizer, train_bpe
 
 STEPS = 12
 SKIPPED = 3
@@ -307,3 +312,294 @@ def test_a_tokenizer_too_large_for_the_weights_to_begin_with_is_refused(config, 
     with pytest.raises(UserError, match=r"tokenizer has .* tokens, the weights of .* only 250 rows"):
         train(small)
     assert not (tmp_path / "small").exists()
+
+
+def refusal(config: RunConfig) -> str:
+    """The one line with which a run is refused, its folder untouched."""
+    before = sorted(Path(config.out).parent.rglob("*")) if Path(config.out).parent.is_dir() else None
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert str(caught.value).isprintable()
+    if before is not None:
+        built = [path for path in Path(config.out).parent.rglob("*") if "cache" not in path.parts]
+        assert sorted(built) == [path for path in before if "cache" not in path.parts]
+    return str(caught.value)
+
+
+def with_prompts(*prompts: str, **fields):
+    return lambda config, tmp_path: dataclasses.replace(config, sample_tokens=5, prompts=prompts, **fields)
+
+
+def with_data(**fields):
+    return lambda config, tmp_path: dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+
+
+def with_out(name: str):
+    return lambda config, tmp_path: dataclasses.replace(config, out=str(tmp_path / name))
+
+
+def with_one_number(value: float, name: str = "model.layers.0.mlp.down_proj.weight", dtype: str = "float32"):
+    """Begin with weights of which one number is `value`."""
+
+    def change(config: RunConfig, tmp_path: Path) -> RunConfig:
+        weights = {key: weight.astype(dtype) for key, weight in init_params(config.model, 0).items()}
+        weights[name].flat[3] = value
+        save_folder(tmp_path / "init", config.model, weights, dtype=dtype)
+        return dataclasses.replace(config, init=str(tmp_path / "init"))
+
+    return change
+
+
+KNOWN_BEFORE = {
+    "an empty prompt": (with_prompts("a", ""), "--prompts '' has no tokens"),
+    "a prompt that fills the model": (with_prompts("fox " * 2000), "leaves no room to go on"),
+    "a prompt that is not Unicode": (with_prompts("a\udcff"), "is not Unicode text"),
+    "held-out text shorter than a window": (with_data(validation_fraction=0.0001), "the held-out text has"),
+    "training text shorter than a window": (with_data(validation_fraction=0.9999), "the training text has"),
+    "too few windows to leak": (with_data(split="leaking-windows", max_tokens=9), "leaves one window"),
+    "a NaN to begin with": (with_one_number(np.nan), "not finite in float32, in model.layers.0.mlp.down_proj.weight"),
+    "an infinity": (with_one_number(-np.inf, "model.embed_tokens.weight"), "in model.embed_tokens.weight;"),
+    "too large for the dtype": (with_one_number(1e300, dtype="float64"), "not finite in float32"),
+    "a name too long": (with_out("n" * 300), "cannot be a folder"),
+    "a name too long, further in": (with_out("new/" + "n" * 300), "has a name of more than 255 bytes"),
+    "below a file": (with_out("corpus.txt/run"), "which is a file"),
+    "a file": (with_out("corpus.txt"), "already holds files"),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN_BEFORE)
+def test_what_can_be_known_before_training_is_refused_before_a_folder_is_made(case, config, tmp_path):
+    change, message = KNOWN_BEFORE[case]
+    assert message in refusal(change(config, tmp_path))
+
+
+def test_prompts_do_not_matter_without_samples_and_the_longest_fits(config, tmp_path):
+    train(dataclasses.replace(config, prompts=("",), sample_tokens=0))
+    room = config.model.max_position_embeddings - 1
+    tokenizer = load_tokenizer(Path(config.out) / "last")
+    prompt = tokenizer.decode([tokenizer.encode("fox")[0]] * room)
+    while len(tokenizer.encode(prompt)) > room:
+        prompt = prompt[:-1]
+    train(dataclasses.replace(elsewhere(config, tmp_path), prompts=(prompt,), sample_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "message"),
+    [
+        ("shutil.disk_usage", (10**9, 10**9, 1000), "GB left; make room"),
+        ("os.access", False, "may not be written to"),
+    ],
+)
+def test_a_place_without_room_or_leave_is_refused(name, answer, message, config, monkeypatch):
+    usage = type(shutil.disk_usage("."))
+    monkeypatch.setattr(f"harness.loop.{name}", lambda *args: usage(*answer) if isinstance(answer, tuple) else answer)
+    assert message in refusal(config)
+
+
+class Diverging(Toy):
+    """Skips the batches in `bad`, and measures a validation loss that is no number in the evaluations `lost`."""
+
+    bad: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
+
+    def step(self, inputs_ABT, targets_ABT):
+        if self.updates + self.skipped not in self.bad:
+            return super().step(inputs_ABT, targets_ABT)
+        self.skipped += 1
+        return {"loss": np.nan, "grad_norm": np.nan, "lr": 0.1, "skipped": self.skipped}
+
+    def evaluate(self, batches):
+        position = self.updates + self.skipped
+        return (np.nan, 0.0) if position in self.lost else super().evaluate(batches)
+
+
+def diverge(config: RunConfig, bad, lost=()) -> None:
+    trainer = type("Bad", (Diverging,), {"bad": frozenset(bad), "lost": frozenset(lost)})
+    loop.run(config, framework="toy", make_trainer=trainer)
+
+
+FAILED = {
+    "no update applied": (range(STEPS), (), 20, "no update was applied: the gradients of all 12 were not finite", 12),
+    "from the first on": (range(STEPS), (), 5, "5 updates in a row were skipped", 5),
+    "from the seventh on": (range(6, STEPS), (), 4, "4 updates in a row were skipped", 10),
+    "no evaluation gave a number": ((), range(STEPS + 1), 20, "no validation loss was finite", 12),
+}
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.parametrize("case", FAILED)
+def test_a_run_that_comes_to_nothing_says_so_and_keeps_its_state(case, log_every, config):
+    bad, lost, most, message, position = FAILED[case]
+    config = dataclasses.replace(config, max_skipped=most, log_every=log_every, save_every=50)
+    with pytest.raises(SystemExit) as ended:
+        diverge(config, bad, lost)
+    line = ended.value.code
+    assert isinstance(line, str), "printed on stderr, with exit code 1"
+    assert message in line and line.isprintable() and line.startswith("error: ")
+    run = Path(config.out)
+    assert ("best/" in line) == (run / "best").is_dir() and "last/" in line
+    state = load_state(run / "last")
+    # Results are read a few updates at once, so a run may go on for as many.
+    assert position <= state.position < position + log_every
+    assert [r["step"] for r in records(config.out) if r["kind"] == "train"] == list(range(1, state.position + 1))
+    with pytest.raises(SystemExit):
+        diverge(resumed(config), bad, lost)
+
+
+ENDED_WELL = {"one": [4], "often, never five in a row": [0, 1, 2, 3, 5, 6, 7, 8], "the last ones": [8, 9, 10, 11]}
+
+
+@pytest.mark.parametrize("case", ENDED_WELL)
+def test_a_few_skipped_updates_are_left_out_and_the_run_goes_on(case, config):
+    diverge(dataclasses.replace(config, max_skipped=5), set(ENDED_WELL[case]) - {SKIPPED})
+    state = load_state(Path(config.out) / "last")
+    assert state.position == STEPS and (Path(config.out) / "best").is_dir()
+
+
+def test_an_evaluation_without_a_number_is_said_and_is_not_the_best(config, capsys):
+    diverge(config, (), [8])
+    out = capsys.readouterr().out
+    assert out.count("warning: the validation loss after step 8 is nan") == 1 == out.count("warning")
+    assert np.isfinite(load_state(Path(config.out) / "last").best)
+
+
+@pytest.mark.parametrize("odd", ["\u6f22 \u00e9", "$a^$", b"caf\xe9\n\x1b[31m".decode("utf-8", "surrogateescape")])
+def test_a_run_goes_to_its_end_whatever_its_paths_are_called(odd, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "plot_runs", plot_runs)
+    corpus = Path(config.data.corpus).rename(tmp_path / f"{odd}.txt")
+    data = dataclasses.replace(config.data, corpus=str(corpus))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the picture then has a box for it
+        train(dataclasses.replace(config, out=str(tmp_path / odd), data=data))
+    assert (tmp_path / odd / "loss.png").is_file()
+    said = capsys.readouterr().out
+    said.encode()
+    assert "\x1b" not in said
+
+
+def test_the_samples_are_utf_8_whatever_the_locale(config, monkeypatch):
+    original, opened = Path.write_text, []
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, *a, **k: (opened.append((self.name, k)), original(self, *a, **k))[1]
+    )
+    train(dataclasses.replace(config, sample_tokens=5, prompts=("caf\u00e9 \ufffd \u6f22",)))
+    assert ("samples.txt", {"encoding": "utf-8"}) in opened
+    assert "caf\u00e9 \ufffd \u6f22" in (Path(config.out) / "samples.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def killed(config, tmp_path):
+    """A run with somebody's tokenizer, killed after the state of step 9; the best evaluation was that of step 8."""
+    words = Path(config.data.corpus).read_text(encoding="utf-8")
+    (tmp_path / "init").mkdir()
+    train_bpe([words], 280).save(tmp_path / "init")
+    data = dataclasses.replace(config.data, tokenizer=str(tmp_path / "init"))
+    config = dataclasses.replace(config, data=data)
+    train(elsewhere(config, tmp_path))
+    with pytest.raises(Killed):
+        train(config, kill_at(10))
+    return config
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_run_is_resumed_with_nothing_but_its_folder_and_its_text(killed, tmp_path, cached):
+    shutil.rmtree(tmp_path / "init")
+    if not cached:
+        shutil.rmtree(tmp_path / "cache")
+    train(resumed(killed))
+    assert_same_runs(killed.out, str(tmp_path / "other"))
+    tokenizers = [
+        (run / part / "tokenizer.json").read_bytes()
+        for run in (Path(killed.out), tmp_path / "other")
+        for part in ("best", "last")
+    ]
+    assert len(set(tokenizers)) == 1
+
+
+def damage_best(how: str, best: Path) -> None:
+    weights = best / "model.safetensors"
+    if how == "deleted":
+        shutil.rmtree(best)
+    elif how == "emptied":
+        shutil.rmtree(best)
+        best.mkdir()
+    elif how == "a file":
+        shutil.rmtree(best)
+        best.write_bytes(b"")
+    elif how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif how == "garbled":
+        weights.write_bytes(b"nonsense")
+    else:
+        (best / how).unlink()
+
+
+HOW = ("deleted", "emptied", "a file", "cut short", "garbled", "config.json", "model.safetensors", "tokenizer.json")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_damaged_best_is_set_aside_and_that_is_said(killed, how, capsys):
+    best = Path(killed.out) / "best"
+    loss = load_state(Path(killed.out) / "last").best
+    damage_best(how, best)
+    train(resumed(killed))
+    warning = capsys.readouterr().err.splitlines()
+    assert len([line for line in warning if f"it is lost, with its loss of {loss:.4f}" in line]) == 1
+    assert (best.parent / "best-damaged-1").exists() == (how != "deleted")
+    load_folder(best)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_damaged_best_is_written_again_where_last_is_as_good(config, how, capsys):
+    config = dataclasses.replace(config, eval_every=2, save_every=2)
+    with pytest.raises(Killed):
+        train(config, kill_at(3))
+    best, last = Path(config.out) / "best", Path(config.out) / "last"
+    state = load_state(last)
+    (row,) = [r for r in records(config.out) if r["kind"] == "validation" and r["step"] == state.position]
+    assert row["loss"] == state.best, "or the toy's losses have changed"
+    before = dict(load_folder(best)[1].items())
+    damage_best(how, best)
+    with pytest.raises(Killed):
+        train(resumed(config), kill_at(2))
+    assert "written again from last/" in capsys.readouterr().err
+    for name, weight in load_folder(best)[1].items():
+        np.testing.assert_array_equal(weight, before[name])
+
+
+def test_a_text_that_is_gone_says_what_to_restore(killed, tmp_path):
+    Path(killed.data.corpus).unlink()
+    message = refusal(resumed(killed))
+    assert "needs the text it began with, so restore that" in message and "corpus.txt does not exist" in message
+
+
+def test_another_tokenizer_in_the_state_is_refused(killed):
+    train_bpe(["something else entirely"], 270).save(Path(killed.out) / "last")
+    assert "the training text is not the one it began with" in refusal(resumed(killed))
+
+
+@pytest.mark.skipif(fcntl is None, reason="nobody can tell without locks")
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_has_one_process_at_a_time(config, begun):
+    """A second one, while the first trains or while it begins."""
+    if begun:
+        with pytest.raises(Killed):
+            train(config, kill_at(8))
+    before = None
+
+    def intrude(position: int) -> None:
+        nonlocal before
+        if before is None:
+            before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+            if begun:
+                with pytest.raises(UserError, match="is being trained by another process; wait for it, or stop it"):
+                    train(resumed(config))
+            assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+            with locked(Path(config.out)) as held:
+                assert held is False
+
+    train(resumed(config) if begun else config, intrude)
+    assert before and [r["step"] for r in records(config.out) if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    with locked(Path(config.out)) as held:
+        assert held
+    assert not [path for path in Path(config.out).iterdir() if path.name.startswith(".")]

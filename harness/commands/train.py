@@ -9,13 +9,17 @@ from pathlib import Path
 from harness.cli import leaves, parse, run
 from harness.folders import load_config
 from harness.state import find_state, read_run
-from recipe.config import RunConfig, require
+from recipe.config import RunConfig, UserError, require
 from recipe.presets import PRESETS, get_preset
+from recipe.reading import short
 
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
-FREE_ON_RESUME = ("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "data.cache_dir")
+FREE_ON_RESUME = (
+    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "max_skipped", "tensorboard"),
+    "data.cache_dir",
+)
 """Fields that a resumed run may change: none of them moves a weight."""
 
 
@@ -87,7 +91,11 @@ def _run_folder(config: RunConfig, framework: str) -> Path:
     if not config.out:
         return _first_free(Path("runs") / f"{config.preset}-{framework}")
     out = Path(config.out)
-    if _is_taken(out):
+    try:
+        taken = _is_taken(out)
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"--out {short(str(out))} cannot be a folder ({error.strerror}); choose another.") from None
+    if taken:
         other = _first_free(out if out.name.strip(".") else Path("runs") / "new")
         what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
         raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
