@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import jax_impl.attention
 import torch_ref.attention
@@ -36,10 +37,11 @@ from parity_tests.taps import (
     training_taps,
     transformers_taps,
 )
-from recipe.config import ModelConfig, PrecisionConfig, RunConfig, require
+from recipe.config import ModelConfig, PrecisionConfig, RunConfig, UserError, require
 from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, dropout_of, require_same
 from recipe.params import param_specs
 from recipe.presets import get_preset
+from recipe.reading import short, some
 from recipe.tokenizer import load_tokenizer
 from torch_ref.model import rope_table
 
@@ -94,6 +96,8 @@ class Subject:
     """(B, T + 1)"""
     steps: int
     backward: bool
+    folder: Path | None = None
+    """Where the weights come from; transformers opens it by itself."""
 
     @property
     def inputs_BT(self) -> np.ndarray:
@@ -128,7 +132,7 @@ def compare_subject(subject: Subject, dtypes: Sequence[str], *, title: str, sett
     """Every tap of the forward and backward pass and of the updates, in every dtype."""
     model = subject.config.model
     rows, contracts, notes = [], {}, []
-    theirs = None if model.dropout else make_transformers(model, subject.weights)
+    theirs = None if model.dropout else make_transformers(subject)
     if theirs is None:
         notes.append("transformers is left out: it has no dropout at these places")
     for dtype in _progress(dtypes):
@@ -142,7 +146,7 @@ def compare_subject(subject: Subject, dtypes: Sequence[str], *, title: str, sett
             sides["torch"], limits["torch"] = torch_arrays(subject, precision), limits["jax"]
         if theirs is not None and dtype != "float64":
             # Its rotary table is computed in float32, whose error grows with the position.
-            roundings = max(1.0, _frequency_error(model, theirs) / UNIT_ROUNDOFF[dtype])
+            roundings = max(1.0, frequency_error(model) / UNIT_ROUNDOFF[dtype])
             model_only = dataclasses.replace(subject, steps=0)
             with rounded_rope_tables(roundings):
                 _, kappas = amplification(
@@ -163,7 +167,7 @@ def make_subject(options: TwinOptions) -> Subject:
     """The recipe, weights and tokens that the options name; raises `UserError` for what does not fit together."""
     config = get_preset(options.preset)
     steps = (0 if options.weights or not options.backward else 3) if options.steps is None else options.steps
-    tokenizer = None
+    tokenizer = folder = None
     if options.weights:
         folder = find_weights(options.weights)
         model, stored = load_folder(folder)
@@ -192,7 +196,7 @@ def make_subject(options: TwinOptions) -> Subject:
         batch_size=tokens.shape[0],
         sequence_length=tokens.shape[1] - 1,
     )
-    return Subject(config, weights, tokens, steps, options.backward)
+    return Subject(config, weights, tokens, steps, options.backward, folder)
 
 
 def reference(subject: Subject, dtype: str) -> Arrays:
@@ -260,18 +264,39 @@ def torch_arrays(subject: Subject, precision: PrecisionConfig) -> Arrays:
     return arrays
 
 
-def make_transformers(model: ModelConfig, weights: Arrays):
-    """transformers' own model on these weights, in float32, with its plainest attention."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = to_hf_config(model)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    state = {name: torch.tensor(weights[name], dtype=torch.float32) for name in param_specs(model)}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+def make_transformers(subject: Subject):
+    """transformers' own model in float32, with its plainest attention: from the folder, whatever we read there, or, of
+    weights without one, from the config.json that we would write."""
+    model = subject.config.model
+    if subject.folder is not None:
+        theirs, missing, unexpected = _open_folder(subject.folder)
+    else:
+        values = to_hf_config(model)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        state = {name: torch.tensor(subject.weights[name], dtype=torch.float32) for name in param_specs(model)}
+        missing, unexpected = theirs.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if model.tie_word_embeddings else set()
-    require(not unexpected and set(missing) <= tied, f"transformers has other weights: {missing}, {unexpected}.")
+    require(
+        not unexpected and set(missing) <= tied,
+        f"transformers has other weights: it misses {some(sorted(missing)) or 'none'} and does not expect "
+        f"{some(sorted(unexpected)) or 'any'} of ours; compare a folder that it opens whole.",
+    )
+    # The row of a padding token has no gradient there; in the comparison it is a token like any other.
+    theirs.model.embed_tokens.padding_idx = None
     return theirs
+
+
+def _open_folder(folder: Path):
+    """transformers' model of a folder, and the names of weights that it misses and does not expect."""
+    try:
+        theirs, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # Its checks of a folder raise some twenty kinds.
+        reason = short(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
+        raise UserError(f"transformers does not open {folder}: {reason}; mend the folder, or drop --weights.") from None
+    return theirs, info["missing_keys"], info["unexpected_keys"]
 
 
 def transformers_arrays(theirs, subject: Subject, dtype: str) -> Arrays:
@@ -285,11 +310,15 @@ def transformers_arrays(theirs, subject: Subject, dtype: str) -> Arrays:
         theirs.float()
 
 
-def _frequency_error(model: ModelConfig, theirs) -> float:
-    """Largest relative error of transformers' float32 rotary frequencies."""
+def frequency_error(model: ModelConfig) -> float:
+    """Largest relative error of rotary frequencies that are computed in float32, as transformers computes them.
+
+    Of our own reading of the base: taken from transformers' model, it would allow for another base.
+    """
+    exponents_R = torch.arange(0, model.head_dim, 2).float() / model.head_dim
     cos, sin = rope_table(model, 2)
     exact_R = np.arctan2(sin[1], cos[1])
-    return float(np.abs(theirs.model.rotary_emb.inv_freq.double().numpy() / exact_R - 1.0).max())
+    return float(np.abs((1.0 / model.rope_theta**exponents_R).double().numpy() / exact_R - 1.0).max())
 
 
 def twin_contracts(

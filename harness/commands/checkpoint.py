@@ -15,10 +15,11 @@ import tyro
 
 from harness import cli
 from harness.folders import find_weights, load_folder, replacing, write_json, write_weights
+from harness.hf_config import unused
 from harness.state import load_state, read_run
 from recipe.config import Dtype, require
 from recipe.params import param_counts
-from recipe.reading import read_json
+from recipe.reading import read_json, some
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def inspect(folder: Path) -> list[str]:
         f"parameters {counts.total:,} ({counts.muon:,} of Muon's, {counts.adamw:,} of AdamW's)",
         f"weights    {_summary(weights)}, {', '.join(sorted(dtypes))}, {weights.nbytes:,} bytes, {len(files)} file(s)",
     ]
+    if idle := unused(read_json(folder / "config.json")):
+        lines.append(f"not used   {some(idle)}")
     if (folder / "run.json").is_file():
         state, (values, _) = load_state(folder), read_run(folder)
         counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"
