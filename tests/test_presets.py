@@ -29,10 +29,9 @@ Qwen3-8B     4096  12288  36  32  untied
 Qwen3-14B    5120  17408  40  40  untied
 Qwen3-32B    5120  25600  64  64  untied
 """
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 PUBLISHED = {
-    name.lower(): COMMON
-    | dict(zip(["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"], map(int, sizes)))
-    | {"tie_word_embeddings": tied == "tied"}
+    name.lower(): COMMON | dict(zip(SIZES, map(int, sizes), strict=True)) | {"tie_word_embeddings": tied == "tied"}
     for name, *sizes, tied in map(str.split, TABLE.strip().splitlines())
 }
 OURS = {"qk_norm": True, "dropout": 0.0, "max_window_layers": 0}
