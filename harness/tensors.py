@@ -36,6 +36,8 @@ BITS |= dict.fromkeys(["I64", "U64", "F64", "C64"], 64) | {"F4": 4, "F6_E2M3": 6
 """Bits of an element of every dtype of the format; those of `DTYPES` are read."""
 WORD = 2**64
 """Sizes in a header are below it."""
+PIECE = 2**22
+"""Elements compared at once."""
 
 # Reading shows nothing before this many seconds; without a terminal, a line each time they have passed again.
 PATIENCE = 3.0
@@ -55,6 +57,13 @@ class StoredTensor(NamedTuple):
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """So many elements, flat, from the element `begin` on; UserError if the file has become shorter."""
+        dtype = DTYPES[self.dtype]
+        array = np.fromfile(self.file, dtype, count=count, offset=self.offset + begin * dtype.itemsize)
+        require(len(array) == count, f"{self.file} has become shorter while it was read; fetch or save it again.")
+        return array
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
@@ -86,11 +95,9 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        count, dtype = math.prod(entry.shape), DTYPES[entry.dtype]
-        array = np.fromfile(entry.file, dtype, count=count, offset=entry.offset)
-        require(len(array) == count, f"{entry.file} has become shorter while it was read; fetch or save it again.")
+        array = entry.read(0, math.prod(entry.shape)).reshape(entry.shape)
         self._progress(entry.nbytes)
-        return array.reshape(entry.shape)
+        return array
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -158,6 +165,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     require(end <= size, f"{file.name} is cut short: {size:,} bytes of {end:,}; fetch or save it again.")
     need(end == size, f"{size - end:,} bytes follow the last tensor")
     return entries
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same, in whatever dtypes; reads a piece of both after another."""
+    count = math.prod(one.shape)
+    for begin in range(0, count if one.shape == other.shape else 0, PIECE):
+        a, b = (tensor.read(begin, min(PIECE, count - begin)) for tensor in (one, other))
+        alike = one.dtype == other.dtype and a.tobytes() == b.tobytes()  # NaN too
+        if not alike and not np.array_equal(a.astype(np.float64), b.astype(np.float64)):
+            return False
+    return one.shape == other.shape
 
 
 def dtype_problems(entries: Mapping[str, StoredTensor]) -> list[str]:
