@@ -217,6 +217,6 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collecti
     with open(file, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            np.ascontiguousarray(tensors[name], stored).tofile(stream)
+            stream.write(np.ascontiguousarray(tensors[name], stored).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
