@@ -1,7 +1,7 @@
 """The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
 
-Exit codes: 0 done, 1 failed (out of room, memory or files), 2 the user's mistake, 130 Ctrl-C, 141 the help's reader left, 143 SIGTERM. Nothing here
-imports a framework: `--help` is instant.
+Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the user's mistake, 130 Ctrl-C, 141 the help's
+reader left, 143 SIGTERM. Nothing here imports a framework: `--help` is instant.
 """
 
 import contextlib
