@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks import machine, report
-from benchmarks.notebook import TextTokenDataset
 from benchmarks.tables import Bar, bars, ranged, table
 from harness.cli import parse, run
 from recipe.config import DataConfig, require
@@ -83,6 +81,10 @@ def _notebook_tokenise(tokenizer: Tokenizer) -> Callable[[list[str]], list[int]]
 
 def _ways(options: InputConfig) -> dict[tuple[str, str], Callable[[], int]]:
     """(what, whose) -> a function that does it once and returns the number of tokens it made."""
+    import torch  # here, so that a missing one is one line, and none for --help
+
+    from benchmarks.notebook import TextTokenDataset
+
     recipe = get_preset(options.preset)
     A, B, T = recipe.accumulation, recipe.batch_size, recipe.sequence_length
     texts = _documents(options)

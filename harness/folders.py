@@ -13,11 +13,23 @@ from pathlib import Path
 import numpy as np
 
 from harness.hf_config import from_hf_config, to_hf_config
-from harness.tensors import CODES, DTYPES, StoredTensor, StoredTensors, read_header, write_tensors
+from harness.tensors import (
+    CODES,
+    DTYPES,
+    StoredTensor,
+    StoredTensors,
+    dtype_problems,
+    read_header,
+    same_values,
+    write_tensors,
+)
 from recipe.config import Dtype, ModelConfig, UserError, require
-from recipe.params import check_weights, param_specs, shape_problems, shapes_of
-from recipe.reading import read_json
+from recipe.params import check_weights, expected_shapes, shape_problems, shapes_of
+from recipe.reading import read_json, short, some, take
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROTARY_TABLE = "rotary_emb.inv_freq"
+"""Ends the names of what old Llamas store beside their weights: a function of the configuration."""
 SHARD_BYTES = 5_000_000_000
 """Weights above this are split, as Hugging Face's readers like them."""
 
@@ -35,36 +47,81 @@ def load_folder(folder: Path) -> tuple[ModelConfig, StoredTensors]:
     """Configuration and weights of a folder, single or sharded; a weight is read, in its stored dtype, when asked for.
 
     Whatever is wrong with files, names, shapes and dtypes is found from the headers and raised at once, as UserError.
+    As in transformers, a name may lack `model.`, rotary tables of old Llamas are left out, and a tied model may hold
+    its embedding under the head's name or under both; two that differ are refused.
     """
     folder = Path(folder)
     config = load_config(folder)
-    expected = {name: spec.shape for name, spec in param_specs(config).items()}
+    entries, lost, wrong = _read_headers(folder)
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(ROTARY_TABLE)}
+    stored = len(entries) + len(lost)
+    _refuse(folder, wrong if stored < config.num_hidden_layers else [])
+    expected = expected_shapes(config, stored, str(folder))
+    for name in [name for name in entries if name not in expected and f"model.{name}" in expected]:
+        full = f"model.{name}"
+        wrong += [f"{full} is there twice, once without model."] if full in entries else []
+        entries[full] = entries.pop(name)
+    wrong += dtype_problems(entries)
+    head = entries.pop(HEAD, None) if config.tie_word_embeddings else None
+    if head is not None:
+        entries.setdefault(EMBEDDING, head)
+    readable = {name: shape for name, shape in expected.items() if not {name, name.removeprefix("model.")} & lost}
+    wrong += shape_problems({name: entry.shape for name, entry in entries.items()}, readable)
+    quantised = any("scale" in name or "qweight" in name or "absmax" in name for name in entries)
+    quantised |= any(entry.dtype[:2] in ("F8", "F4", "F6", "I8", "U8") for entry in entries.values())
+    remedy = "It is quantised; fetch it in bfloat16, float16 or float32" if quantised else "Fetch or save it again"
+    _refuse(folder, wrong, remedy)
+    require(
+        head is None or same_values(head, entries[EMBEDDING]),
+        f"{folder}: {HEAD} is another matrix than {EMBEDDING}, though tie_word_embeddings is true; set it false in "
+        "config.json, or leave the head out of the file.",
+    )
+    return config, StoredTensors(entries, str(folder))
+
+
+def _refuse(folder: Path, wrong: list[str], remedy: str = "Fetch or save it again") -> None:
+    """Raise `UserError` if anything is wrong."""
+    require(not wrong, f"{folder} does not hold its model: {'; '.join(wrong)}. {remedy}.")
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
+    """The tensors of a folder's files, the names that the index puts into unreadable ones, and what is wrong."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     require(
         whole.is_file() or index.is_file(),
         f"{folder} holds neither {whole.name} nor {index.name}; save the weights as safetensors.",
     )
-    weight_map = dict.fromkeys(expected, whole.name) if whole.is_file() else read_json(index)["weight_map"]
-    entries: dict[str, StoredTensor] = {}
-    wrong: list[str] = []
-    for file in sorted(set(weight_map.values())):
+    if whole.is_file():
         try:
-            header = read_header(folder / file)
-        except (FileNotFoundError, UserError) as error:
-            wrong.append(str(error) if isinstance(error, UserError) else f"{file} is absent, though the index names it")
-            for name in [name for name in expected if weight_map.get(name) == file]:
-                del expected[name]  # one complaint about the file is enough
-            continue
-        wrong += [f"{name} is both in {entries[name].file.name} and in {file}" for name in header if name in entries]
+            return read_header(whole), set(), []
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+    weight_map = take(read_json(index), "weight_map", dict[str, str], str(index))
+    files = sorted(set(weight_map.values()))
+    strange = [f for f in files if not f.isprintable() or Path(f).is_absolute() or ".." in Path(f).parts]
+    require(not strange, f"{index} names what is no file of its folder: {some(strange)}; fetch it again.")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    absent, wrong = [], []
+    for file in files:
+        try:
+            headers[file] = read_header(folder / file)
+        except FileNotFoundError:
+            absent.append(file)
+        except OSError as error:
+            wrong.append(f"{short(file)} cannot be read: {error.strerror}")
+        except UserError as error:
+            wrong.append(str(error).rstrip("."))
+    entries: dict[str, StoredTensor] = {}
+    twice = []
+    for header in headers.values():
+        twice += [name for name in header if name in entries]
         entries |= header
-    if config.tie_word_embeddings:
-        entries.pop("lm_head.weight", None)  # a copy of the embedding, which some folders hold
-    wrong += [
-        f"{n} has dtype {e.dtype}, not one of {', '.join(DTYPES)}" for n, e in entries.items() if e.dtype not in DTYPES
-    ]
-    wrong += shape_problems({name: entry.shape for name, entry in entries.items()}, expected)
-    require(not wrong, f"{folder} does not hold its model: {'; '.join(wrong)}. Fetch or save it again.")
-    return config, StoredTensors(entries, str(folder))
+    lost = {name for name, file in weight_map.items() if file not in headers}
+    elsewhere = [name for name, file in weight_map.items() if name not in lost and name not in headers[file]]
+    wrong += [f"absent, though the index names them: {some(absent)}"] if absent else []
+    wrong += [f"in two files: {some(twice)}"] if twice else []
+    wrong += [f"not in the file that the index names: {some(elsewhere)}"] if elsewhere else []
+    return entries, lost, wrong
 
 
 def load_config(folder: Path) -> ModelConfig:

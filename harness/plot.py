@@ -1,24 +1,30 @@
 """The picture of one run or of several: losses, accuracy, perplexity against the step."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from harness.runlog import read_metrics
 from recipe.config import require
-from recipe.reading import short
+from recipe.reading import read_json, short, some, take
 
 
 def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[str, float] | None = None) -> None:
     """Draw training and validation loss, accuracy and perplexity of runs against the step.
 
     `baselines` maps a name to nats per token; left out, the runs' own recorded ones are drawn. Later runs are dashed,
-    so that two equal curves both show.
+    so that two equal curves both show. The suffix of `out_png` chooses the format; UserError, before a run is read,
+    for one that is none.
     """
     from matplotlib.figure import Figure  # half a second; and Figure alone needs no display and no global backend
     from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
+    out, formats = Path(out_png), Figure().canvas.get_supported_filetypes()
+    require(
+        out.suffix.lower()[1:] in formats,
+        f"--out {short(str(out))} must end in one of {some(sorted(formats))}; choose e.g. {short(out.stem)}.png.",
+    )
+    require(out.parent.is_dir(), f"--out {short(str(out))} lies in no folder; make {short(str(out.parent))} first.")
     runs = [(label, read_metrics(folder)) for label, folder in zip(_labels(folders), folders, strict=True)]
     for label, records in runs:
         require(
@@ -29,7 +35,8 @@ def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[st
         for _, records in runs:
             for record in records:
                 if record["kind"] == "baselines":
-                    baselines |= {name: v for name, v in record.items() if name not in ("kind", "step")}
+                    names = [name for name in record if name not in ("kind", "step")]
+                    baselines |= {name: take(record, name, float, f"{label}'s baselines") for name in names}
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
@@ -64,7 +71,8 @@ def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[st
 
 def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float]]:
     rows = [record for record in records if record["kind"] == kind]
-    return [row["step"] for row in rows], [math.nan if row[name] is None else row[name] for row in rows]
+    values = [take(row, name, float | None, f"the {kind} record of step {row['step']}") for row in rows]
+    return [row["step"] for row in rows], [math.nan if value is None else value for value in values]
 
 
 def _labels(folders: list[str | Path]) -> list[str]:
@@ -75,8 +83,9 @@ def _labels(folders: list[str | Path]) -> list[str]:
         names = [str(path) for path in paths]
     frameworks = []
     for path in paths:
-        if not (path / "run.json").is_file():
-            raise FileNotFoundError(f"{path / 'run.json'} does not exist; give a run folder.")
-        frameworks.append(json.loads((path / "run.json").read_text(encoding="utf-8"))["framework"])
+        file = path / "run.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; give a run folder.")
+        frameworks.append(short(take(read_json(file), "framework", str, str(file))))
     shown = [short(name, 200).replace("$", r"\$") for name in names]  # a pair of $ would be mathematics
     return [f"{name} ({framework})" for name, framework in zip(shown, frameworks, strict=True)]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from harness.surroundings import surroundings
 from recipe.config import RunConfig, UserError, require, to_dict
+from recipe.reading import kind_of, parse_json, take
 
 
 def step_line(
@@ -61,6 +62,7 @@ class RunLog:
         self._steps = config.steps
         self._first, self._last_step, self._tokens, self._elapsed = True, 0, 0, 0.0
         self.about = about = {"framework": framework, **surroundings(), "environment": environment}
+        lacking = ""
         if resume_at is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "run.json", "x", encoding="utf-8") as file:
@@ -69,9 +71,13 @@ class RunLog:
             self._metrics = open(self.folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115 (closed in close)
         else:
             trained = [record for record in _undo(self.folder, resume_at) if record["kind"] == "train"]
+            if count := resume_at - len({record["step"] for record in trained}):
+                lacking = f"log        metrics.jsonl lacks {count:,} of the {resume_at:,} training records before step "
+                lacking += f"{resume_at + 1}: it was damaged or cut; the run goes on without them"
+            self._last_step, self._tokens = resume_at, resume_at * config.tokens_per_step
             if trained:
-                self._last_step, self._tokens = trained[-1]["step"], trained[-1]["tokens"]
-                self._elapsed = trained[-1]["seconds"]
+                where = f"the last training record in {self.folder / 'metrics.jsonl'}"
+                self._elapsed = take(trained[-1], "seconds", float, where)
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._write({"kind": "resume", "step": resume_at} | about)
         first_step = 0 if resume_at is None else resume_at + 1
@@ -80,6 +86,8 @@ class RunLog:
         self._bar = tqdm(total=config.steps, initial=self._last_step, **progress)
         self._show_lines = self._bar.disable or not sys.stdout.isatty()
         self._since_line = _Interval()
+        if lacking:
+            self._print(lacking)
 
     def header(self, lines: list[str]) -> None:
         """Print lines above the progress: the configuration, counts, device."""
@@ -240,12 +248,24 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run folder of train_jax.py or train_torch.py.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        where = f"line {number} of {path}"
+        try:
+            record = parse_json(line, where)
+            require(isinstance(record, dict), f"{where} holds {kind_of(record)}, not a JSON object")
+            for name, hint in (("kind", str), ("step", int)):
+                take(record, name, hint, where)
+        except UserError as error:
+            remedy = "The log is damaged; mend the line, or move the file away: a run goes on without it."
+            raise UserError(f"{str(error).partition(';')[0]}. {remedy}") from None
+        records.append(record)
+    return records
 
 
 def _undo(folder: Path, step: int) -> list[dict[str, Any]]:
     """The records up to the step, which alone stay in metrics.jsonl; later ones are moved to undone.jsonl."""
-    records = read_metrics(folder)
+    records = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     kept, undone = ([record for record in records if (record["step"] > step) == later] for later in (False, True))
     if undone:
         with open(folder / "undone.jsonl", "a", encoding="utf-8") as file:

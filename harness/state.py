@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from harness.folders import load_folder, replacing, set_aside, write_json, write_weights_folder
-from harness.tensors import StoredTensors, read_header, write_tensors
+from harness.tensors import StoredTensors, dtype_problems, read_header, write_tensors
 from recipe.config import RunConfig, UserError, from_dict, require, to_dict
 from recipe.params import check_weights, shape_problems, slot_shapes
-from recipe.reading import read_json
+from recipe.reading import read_json, short, some, take
 
 FORMAT = 1
 """Raised when the meaning of the files changes."""
 SLOTS = ("mu", "exp_avg", "exp_avg_sq")
+YOUNGER = ("max_skipped",)
+"""Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,17 @@ def save_state(folder: Path, state: TrainingState, tokenizer, about: Mapping[str
 def load_state(folder: Path) -> TrainingState:
     """The state in a folder, its arrays still on disk; UserError if anything is missing or does not fit."""
     values, config = read_run(folder)
+    where = str(Path(folder) / "run.json")
+    for name in ("framework", "saved"):
+        take(values, name, str, where)
+    updates, skipped, position = (take(values, name, int, where) for name in ("updates", "skipped", "position"))
+    best, text = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
+    require(
+        updates >= 0 <= skipped and updates + skipped == position,
+        f"{folder}: {updates} updates and {skipped} skipped ones do not make position {position}; use another copy of "
+        "the state.",
+    )
+    require(best is None or math.isfinite(best), f"{where}: best_validation_loss={best} is no number; mend it there.")
     _, weights = load_folder(folder)
     check_weights(weights, config.model)
     try:
@@ -81,24 +94,17 @@ def load_state(folder: Path) -> TrainingState:
     except UserError as error:
         raise UserError(f"{folder}: {error}; go on from another copy of the state.") from None
     slots = StoredTensors(entries, str(folder))
-    wrong = shape_problems(slots.shapes, slot_shapes(config.model))
+    wrong = dtype_problems(entries) + shape_problems(slots.shapes, slot_shapes(config.model))
     require(not wrong, f"{folder}: the optimizer's state does not fit the model: {'; '.join(wrong)}. Use another copy.")
-    best = values["best_validation_loss"]
-    state = TrainingState(
+    return TrainingState(
         config=config,
         weights=weights,
         slots={slot: slots.below(f"{slot}.") for slot in SLOTS},
-        updates=values["updates"],
-        skipped=values["skipped"],
+        updates=updates,
+        skipped=skipped,
         best=math.inf if best is None else best,
-        text=values["training_text"],
+        text=text,
     )
-    require(
-        state.position == values["position"],
-        f"{folder}: {state.updates} updates and {state.skipped} skipped ones do not make position "
-        f"{values['position']}; use another copy of the state.",
-    )
-    return state
 
 
 def read_run(folder: Path) -> tuple[dict, RunConfig]:
@@ -109,9 +115,28 @@ def read_run(folder: Path) -> tuple[dict, RunConfig]:
     found = values.get("format")
     require(
         found == FORMAT,
-        f"{file} has format {found}, this version reads {FORMAT}; use the version it is of.",
+        f"{file} has format {short(repr(found))}, this version reads {FORMAT}; use the version it is of.",
     )
-    return values, from_dict(values["config"])
+    return values, _read_config(take(values, "config", dict, str(file)), f"{file}, config")
+
+
+def _read_config(values: dict, where: str) -> RunConfig:
+    """The configuration that `to_dict` made these values of; UserError unless every field is there and no other.
+
+    A field that is younger than the state has its default.
+    """
+    usual = to_dict(RunConfig())
+    for section, fields in [("", usual), *((name, part) for name, part in usual.items() if isinstance(part, dict))]:
+        given = take(values, section, dict, where) if section else values
+        unknown = [f"{section}.{name}".strip(".") for name in given if name not in fields]
+        require(not unknown, f"{where} has {some(unknown)}, unknown to this version; use the version it is of.")
+        missing = [f"{section}.{name}".strip(".") for name in fields if name not in given and name not in YOUNGER]
+        require(not missing, f"{where} does not say {some(missing)}; add it, or use the version it is of.")
+    take(values, "prompts", list[str], where)
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def find_state(run: Path) -> Path:

@@ -13,6 +13,8 @@ import struct
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +22,22 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from recipe.config import UserError, require
+from recipe.config import fits, require
 from recipe.params import shapes_of
+from recipe.reading import parse_json, short, some
 
 DTYPES = {code: np.dtype(kind).newbyteorder("<") for code, kind in [("F64", "f8"), ("F32", "f4"), ("F16", "f2")]}
 DTYPES["BF16"] = np.dtype(ml_dtypes.bfloat16)
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+
+BITS = dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8)
+BITS |= dict.fromkeys(["I16", "U16", "F16", "BF16"], 16) | dict.fromkeys(["I32", "U32", "F32"], 32)
+BITS |= dict.fromkeys(["I64", "U64", "F64", "C64"], 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of an element of every dtype of the format; those of `DTYPES` are read."""
+WORD = 2**64
+"""Sizes in a header are below it."""
+PIECE = 2**22
+"""Elements compared at once."""
 
 # Reading shows nothing before this many seconds; without a terminal, a line each time they have passed again.
 PATIENCE = 3.0
@@ -44,7 +56,14 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """So many elements, flat, from the element `begin` on; UserError if the file has become shorter."""
+        dtype = DTYPES[self.dtype]
+        array = np.fromfile(self.file, dtype, count=count, offset=self.offset + begin * dtype.itemsize)
+        require(len(array) == count, f"{self.file} has become shorter while it was read; fetch or save it again.")
+        return array
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
@@ -76,8 +95,7 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        count, dtype = math.prod(entry.shape), DTYPES[entry.dtype]
-        array = np.fromfile(entry.file, dtype, count=count, offset=entry.offset).reshape(entry.shape)
+        array = entry.read(0, math.prod(entry.shape)).reshape(entry.shape)
         self._progress(entry.nbytes)
         return array
 
@@ -106,26 +124,84 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a file; raises UserError if the file is damaged, cut short, or not of this format."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, LONGEST_HEADER):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        entries, end = {}, 0
-        for name, tensor in header.items():
-            start, stop = tensor["data_offsets"]
-            entry = StoredTensor(file, tensor["dtype"], tuple(tensor["shape"]), 8 + length + start)
-            if entry.dtype in DTYPES and stop - start != entry.nbytes:
-                raise ValueError(f"{name} has {stop - start} bytes")
-            entries[name], end = entry, max(end, 8 + length + stop)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file.name} is not a safetensors file ({error})") from None
-    require(end <= size, f"{file.name} is cut short: {size:,} bytes of {end:,}")
+    """Every tensor of a file; raises UserError if the file is damaged, cut short, or not of this format.
+
+    What the safetensors library refuses is refused. Stricter than it, as the format's text is: no name twice, no field
+    beside the three, an entry is an object, and the header begins with its brace.
+    """
+
+    def need(condition: bool, reason: str) -> None:
+        require(condition, f"{file.name} is not a safetensors file ({reason}); fetch or save it again.")
+
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        need(size >= 8, f"it has {size} bytes")
+        length = int.from_bytes(stream.read(8), "little")
+        need(length <= min(size - 8, LONGEST_HEADER), "its header is longer than the file, or than 100 MB")
+        text = stream.read(length)
+    need(text.startswith(b"{"), "its header is no JSON object")
+    header = parse_json(text, f"the header of {file.name}", pairs=_each_once, integer=_natural)
+    metadata = header.pop("__metadata__", None)
+    need(metadata is None or fits(metadata, dict[str, str]), "its __metadata__ are no texts by name")
+    need(_encodable([*header, *(metadata or {}), *(metadata or {}).values()]), "a text in its header is no Unicode")
+    entries, ends = {}, {}
+    for name, values in header.items():
+        known = isinstance(values, dict) and values.keys() == {"dtype", "shape", "data_offsets"}
+        need(known, f"{short(name)} has not the fields dtype, shape, data_offsets and no other")
+        dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
+        need(isinstance(dtype, str) and dtype in BITS, f"{short(name)} has the unknown dtype {short(repr(dtype))}")
+        sizes = [*accumulate(shape, mul, initial=1), *shape] if fits(shape, list[int]) else [WORD]
+        need(max(sizes) < WORD, f"{short(name)} has the shape {short(repr(shape))}")
+        need(fits(offsets, list[int]) and len(offsets) == 2, f"{short(name)} has no two data_offsets")
+        entry = StoredTensor(file, dtype, tuple(shape), 8 + length + offsets[0])
+        held = offsets[1] - offsets[0]
+        bits = math.prod(shape) * BITS[dtype]
+        need(8 * held == bits, f"{short(name)} has {held:,} bytes, which {dtype} {short(str(entry.shape))} has not")
+        entries[name], ends[name] = entry, 8 + length + offsets[1]
+    end = 8 + length
+    for name in sorted(entries, key=lambda name: (entries[name].offset, ends[name])):
+        need(entries[name].offset == end, f"{short(name)} does not begin where the tensor before it ends")
+        end = ends[name]
+    require(end <= size, f"{file.name} is cut short: {size:,} bytes of {end:,}; fetch or save it again.")
+    need(end == size, f"{size - end:,} bytes follow the last tensor")
     return entries
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same, in whatever dtypes; reads a piece of both after another."""
+    count = math.prod(one.shape)
+    for begin in range(0, count if one.shape == other.shape else 0, PIECE):
+        a, b = (tensor.read(begin, min(PIECE, count - begin)) for tensor in (one, other))
+        alike = one.dtype == other.dtype and a.tobytes() == b.tobytes()  # NaN too
+        if not alike and not np.array_equal(a.astype(np.float64), b.astype(np.float64)):
+            return False
+    return one.shape == other.shape
+
+
+def dtype_problems(entries: Mapping[str, StoredTensor]) -> list[str]:
+    """Which tensors are of a dtype that is not read, one phrase each dtype."""
+    other = sorted({entry.dtype for entry in entries.values()} - DTYPES.keys())
+    names = {dtype: [name for name, entry in entries.items() if entry.dtype == dtype] for dtype in other}
+    return [f"dtype {dtype}, not one of {', '.join(DTYPES)}: {some(names[dtype])}" for dtype in other]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return values
+
+
+def _natural(digits: str) -> float:
+    return float(digits) if digits.startswith("-") else int(digits)  # not even -0 is one to the library
+
+
+def _encodable(texts: list[str]) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return False
+    return True
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collection[str], dtype: str) -> None:
@@ -141,6 +217,6 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collecti
     with open(file, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            np.ascontiguousarray(tensors[name], stored).tofile(stream)
+            stream.write(np.ascontiguousarray(tensors[name], stored).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

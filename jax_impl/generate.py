@@ -22,7 +22,7 @@ from jax_impl.products import accumulator, product_held
 from jax_impl.weights import Params, bind
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
-from recipe.sampling import CHUNK, Batch, Generator, SamplingOptions
+from recipe.sampling import CHUNK, COLDEST, NO_TOKEN, Batch, Generator, SamplingOptions
 
 Layers = list[tuple[jax.Array, jax.Array]]
 
@@ -43,18 +43,17 @@ def penalize(logits_V: jax.Array, seen_V: jax.Array, penalty: float) -> jax.Arra
 
 
 def filter_logits(logits_V: jax.Array, *, temperature: float, top_k: int, top_p: float, min_p: float) -> jax.Array:
-    """Logits over temperature; -inf outside the k largest, then outside the smallest set that reaches probability p,
-    then where the probability is below min_p times the largest."""
-    logits_V = logits_V / temperature
+    """Logits below the largest, over temperature; -inf outside the k largest, then outside the smallest set that
+    reaches probability p, then where the probability is below min_p times the largest. Who ties with one kept stays."""
+    logits_V = (logits_V - jnp.max(logits_V)) / max(temperature, COLDEST)
     if top_k:
         kth = jax.lax.top_k(logits_V, min(top_k, logits_V.shape[-1]))[0][-1]
         logits_V = jnp.where(logits_V < kth, -jnp.inf, logits_V)
     if top_p < 1.0:
-        descending = jnp.sort(logits_V)[::-1]
-        probs = jax.nn.softmax(descending)
-        # A token stays if those before it have not reached p yet; the first one always stays.
-        stays = jnp.cumsum(probs) - probs < top_p
-        smallest = jnp.min(jnp.where(stays, descending, jnp.inf))
+        ascending = jnp.sort(logits_V)
+        # The small ones first, whose sum float32 would lose beside the large ones; the last one always stays.
+        stays = jnp.cumsum(jax.nn.softmax(ascending)) > 1.0 - top_p
+        smallest = jnp.min(jnp.where(stays, ascending, ascending[-1]))
         logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
     if min_p > 0.0:
         probs = jax.nn.softmax(logits_V)
@@ -65,13 +64,15 @@ def filter_logits(logits_V: jax.Array, *, temperature: float, top_k: int, top_p:
 def sample_token(
     logits_V: jax.Array, seen_V: jax.Array, key, *, repetition_penalty: float, temperature: float, **filters
 ) -> jax.Array:
-    """Index of the next token: the largest logit at temperature 0, else the largest with Gumbel noise added."""
+    """Index of the next token: the largest logit at temperature 0, else the largest with Gumbel noise added; NO_TOKEN
+    where the largest is not finite, as it is if any is NaN."""
     if repetition_penalty != 1.0:
         logits_V = penalize(logits_V, seen_V, repetition_penalty)
-    if temperature == 0.0:
-        return jnp.argmax(logits_V)
-    logits_V = filter_logits(logits_V, temperature=temperature, **filters)
-    return jnp.argmax(logits_V + random.gumbel(key, logits_V.shape))
+    finite = jnp.isfinite(jnp.max(logits_V))
+    if temperature > 0.0:
+        logits_V = filter_logits(logits_V, temperature=temperature, **filters)
+        logits_V = logits_V + random.gumbel(key, logits_V.shape)
+    return jnp.where(finite, jnp.argmax(logits_V), NO_TOKEN)
 
 
 class HeldLinear(Linear):
@@ -152,7 +153,7 @@ def decode(
 ) -> tuple[DecodeState, jax.Array]:
     """The next tokens of each row (B, CHUNK), of which `count` are computed, fewer if all rows are done before.
 
-    What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
+    NO_TOKEN ends a row; what one that is done gets means nothing. `choice`: the keyword arguments of `sample_token`.
     """
     model = bind(graph, params)
     choose = jax.vmap(functools.partial(sample_token, **dict(choice)))
@@ -166,9 +167,10 @@ def decode(
         layers, logits_BV = next_logits(model, state.layers, state.token_B, state.position_B)
         position_B = state.position_B + 1
         token_B = choose(logits_BV, state.seen_BV, jax.vmap(random.fold_in)(key_B, position_B)).astype(jnp.int32)
-        seen_BV = state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)
-        done_B = state.done_B | jnp.isin(token_B, stop_ids)
-        state = DecodeState(layers, token_B, position_B, seen_BV, done_B)
+        done_B = state.done_B | jnp.isin(token_B, stop_ids) | (token_B == NO_TOKEN)
+        legal_B = jnp.maximum(token_B, 0)
+        seen_BV = state.seen_BV.at[np.arange(len(token_B)), legal_B].set(True)
+        state = DecodeState(layers, legal_B, position_B, seen_BV, done_B)
         return index + 1, state, new_BC.at[:, index].set(token_B)
 
     new_BC = jnp.zeros((len(state.token_B), CHUNK), jnp.int32)

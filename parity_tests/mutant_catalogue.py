@@ -395,15 +395,15 @@ MUTANTS = (
     Mutant(
         "top-p drops the token that reaches p",
         GENERATE,
-        "jnp.cumsum(probs) - probs < top_p",
-        "jnp.cumsum(probs) < top_p",
+        "jnp.cumsum(jax.nn.softmax(ascending)) >",
+        "jnp.cumsum(jax.nn.softmax(ascending)) - jax.nn.softmax(ascending) >",
         GENERATION,
     ),
     Mutant(
         "temperature multiplies",
         GENERATE,
-        "logits_V = logits_V / temperature",
-        "logits_V = logits_V * temperature",
+        "/ max(temperature, COLDEST)",
+        "* max(temperature, COLDEST)",
         GENERATION,
     ),
     Mutant(
@@ -501,7 +501,7 @@ MUTANTS = (
     Mutant(
         "new tokens are not counted as seen",
         GENERATE,
-        "state.seen_BV.at[np.arange(len(token_B)), token_B].set(True)",
+        "state.seen_BV.at[np.arange(len(token_B)), legal_B].set(True)",
         "state.seen_BV",
         GENERATION + "::test_greedy_tokens_equal_those_of_transformers[plain-jax]",
     ),

@@ -23,8 +23,9 @@ from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_token
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.sides import TorchModel, x64
 from parity_tests.tolerance import check
+from recipe.config import UserError
 from recipe.contract import UNIT_ROUNDOFF
-from recipe.sampling import SamplingOptions
+from recipe.sampling import NO_TOKEN, SamplingOptions
 from torch_ref import random as torch_random
 
 SIDES = {"jax": jax_impl.generate, "torch": torch_ref.generate}
@@ -142,10 +143,89 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(side):
     assert np.isfinite(filtered(side, logits, top_p=0.4)).sum() == 1
 
 
+@pytest.mark.parametrize("p", [0.5, 0.95, 0.99, 0.999, 0.9999])
+def test_top_p_reaches_p_at_a_published_vocabulary(p):
+    """151,936 logits of deviation 4, the truth in float64; a sum from the top would be 3,000 tokens short."""
+    logits = (4.0 * np.random.default_rng(0).standard_normal(151_936)).astype(np.float32)
+    descending = np.sort(logits.astype(np.float64))[::-1]
+    probabilities = np.exp(descending - descending[0]) / np.sum(np.exp(descending - descending[0]))
+    truth = int(np.sum(np.cumsum(probabilities) - probabilities < p))
+    kept = {side: np.isfinite(filtered(side, logits, top_p=p)) for side in SIDES}
+    np.testing.assert_array_equal(kept["jax"], kept["torch"])
+    assert abs(int(kept["jax"].sum()) - truth) <= 1
+
+
+TIES = {
+    "all": ([0.25, 0.25, 0.25, 0.25], 0.5, [True] * 4),
+    "at the boundary": ([0.2, 0.4, 0.2, 0.2], 0.5, [True] * 4),
+    "above the boundary": ([0.3, 0.3, 0.1, 0.3], 0.85, [True, True, False, True]),
+    "below it": ([0.5, 0.1, 0.3, 0.1], 0.75, [True, False, True, False]),
+}
+
+
 @pytest.mark.parametrize("side", SIDES)
-def test_temperature_divides_the_logits(side):
+@pytest.mark.parametrize("case", TIES)
+def test_what_ties_with_the_smallest_token_kept_is_kept(case, side):
+    """transformers keeps as many of them as reach p, whichever its sort puts last; what it keeps is kept here."""
+    probabilities, p, expected = TIES[case]
+    logits = np.log(np.array(probabilities, np.float32))
+    kept = np.isfinite(filtered(side, logits, top_p=p))
+    assert kept.tolist() == expected
+    theirs = np.isfinite(logits_process.TopPLogitsWarper(p)(None, torch.tensor(logits)[None])[0].numpy())
+    assert kept[theirs].all() and set(logits[kept & ~theirs]) <= {min(logits[kept])}
+    assert np.isfinite(filtered(side, logits, top_k=1)).tolist() == (logits == max(logits)).tolist()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_temperature_divides_what_logits_lack_of_the_largest(side):
     logits = np.array([1.0, 2.0, 4.0], np.float32)
-    assert filtered(side, logits, temperature=2.0).tolist() == [0.5, 1.0, 2.0]
+    assert filtered(side, logits, temperature=2.0).tolist() == [-1.5, -1.0, 0.0]
+
+
+def chosen(side: str, logits: list[float], **options) -> set[int]:
+    """The tokens that sample_token chooses under eight keys, in a compiled program on JAX."""
+    options = NOTHING | {"repetition_penalty": 1.0} | options
+    if side == "jax":
+        keys = [jax_random.key(seed) for seed in range(8)]
+        choose = jax.jit(lambda x, key: jax_impl.generate.sample_token(x, np.zeros(len(logits), bool), key, **options))
+        return {int(choose(jnp.array(logits, jnp.float32), key)) for key in keys}
+    arrays = torch.tensor(logits), torch.zeros(len(logits), dtype=torch.bool)
+    keys = [torch_random.key(seed) for seed in range(8)]
+    return {int(torch_ref.generate.sample_token(*arrays, key, **options)) for key in keys}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-37, 1e-38, 1e-45, 1e-320])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filters"])
+def test_tiny_temperatures_are_greedy(options, temperature, side):
+    for logits in ([50.0, 60.0, 40.0], [1.0, 2.0, 3.0], [-3e38, 3e38, 0.0], [-1e-3, -2e-3, -5.0]):
+        assert chosen(side, logits, temperature=temperature, **options) == {int(np.argmax(logits))}
+    assert chosen(side, [5.0, 5.0, 1.0], temperature=temperature, **options) == {0, 1}, "ties are drawn"
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 0.8])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_choose_no_token(value, temperature, side):
+    logits = [1.0, value, 2.0] if value != -np.inf else [value] * 3
+    for options in ({}, EVERYTHING, {"top_p": 0.5}):
+        assert chosen(side, logits, **options | {"temperature": temperature}) == {NO_TOKEN}
+    assert chosen(side, [1.0, -np.inf, 9.0], temperature=0.0) == {2}, "a token may be ruled out"
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_weights_of_nan_are_told(temperature, side):
+    """The token 5 alone has an embedding of NaN: only the row that reads it has no logits."""
+    model = dataclasses.replace(AWKWARD, tie_word_embeddings=False)
+    weights = random_weights(model)
+    weights["model.embed_tokens.weight"][5] = np.nan
+    generate = SIDES[side].make_generator(model, FLOAT32, weights)
+    options = SamplingOptions(max_new_tokens=8, temperature=temperature)
+    with pytest.raises(UserError, match="the logits are not finite"):
+        generate.batch([[1, 2, 3], [4, 5]], options)
+    rows = generate.stream([[1, 2, 3], [4, 5]], options, np.array([False, True]))
+    assert next(rows)[0] == 0, "what a row that is done gets means nothing"
 
 
 PROCESSORS = {
@@ -167,15 +247,15 @@ def test_filters_equal_those_of_transformers(name, side):
     for _ in range(5):
         logits_V = (2.0 * generator.standard_normal(AWKWARD.vocab_size)).astype(np.float32)
         seen = generator.integers(0, AWKWARD.vocab_size, 9)
-        expected = torch.tensor(logits_V)[None]
+        expected = torch.tensor(logits_V, dtype=torch.float64)[None]
         for option, value in options.items() if name != "all" else [(o, options[o]) for o in PROCESSORS]:
             expected = PROCESSORS[option](value)(torch.tensor(seen)[None], expected)
         seen_V = np.isin(np.arange(AWKWARD.vocab_size), seen)
         values, expected = filtered(side, logits_V, seen_V, **options), expected[0].numpy()
         assert np.isfinite(values).sum() > 1 and np.isfinite(values).tolist() == np.isfinite(expected).tolist()
-        # Penalty and temperature round once each, on both sides.
+        # Four roundings: the penalty of a logit and of the largest one, their difference, the temperature.
         kept = np.isfinite(values)
-        check("kept logits", values[kept], expected[kept], 4 * UNIT_ROUNDOFF["float32"])
+        check("kept logits", values[kept], expected[kept] - expected.max(), 4 * UNIT_ROUNDOFF["float32"])
 
 
 def test_sampling_draws_the_same_token_and_the_right_distribution():

@@ -83,5 +83,5 @@ def test_every_wrong_weight_is_listed_at_once(side):
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].T
     with pytest.raises(ValueError) as error:
         SIDES[side](AWKWARD, FLOAT32, weights)
-    for part in ("missing model.norm.weight", "unexpected model.layers.9", "layers.0.mlp.up_proj.weight has shape"):
+    for part in ("missing model.norm.weight", "unexpected model.layers.9", "misshapen model.layers.0.mlp.up_proj"):
         assert part in str(error.value)

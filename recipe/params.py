@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from recipe.config import AdamWConfig, ModelConfig, require
+from recipe.reading import some
 
 Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 
@@ -79,20 +80,32 @@ def shapes_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]
 
 
 def shape_problems(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, unexpected or misshapen among these shapes, one phrase each."""
-    wrong = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
-    wrong += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
-    wrong += [
-        f"{name} has shape {shapes[name]}, the configuration says {shape}"
+    """What is missing, unexpected or misshapen among these shapes, one phrase each with a few names and their count."""
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in shapes]
+    unexpected = [f"{name} {shape}" for name, shape in shapes.items() if name not in expected]
+    misshapen = [
+        f"{name} {shapes[name]} for {shape}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
-    return wrong
+    found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    return [f"{kind} {some(names)}" for kind, names in found.items() if names]
+
+
+def expected_shapes(config: ModelConfig, stored: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name; UserError, before a name is made, if there are fewer tensors than layers."""
+    layers = config.num_hidden_layers
+    require(
+        layers <= stored,
+        f"{where} holds {stored:,} tensors, too few for num_hidden_layers={layers:,}; use the config.json of these "
+        "weights.",
+    )
+    return {name: spec.shape for name, spec in param_specs(config).items()}
 
 
 def check_weights(weights: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    """Raise ValueError listing every missing, unexpected and misshapen weight at once; reads none from disk."""
-    wrong = shape_problems(shapes_of(weights), {name: spec.shape for name, spec in param_specs(config).items()})
+    """Raise UserError with all that is missing, unexpected and misshapen at once; reads none from disk."""
+    wrong = shape_problems(shapes_of(weights), expected_shapes(config, len(weights), "the model"))
     require(
         not wrong, "the weights do not fit the model: " + "; ".join(wrong) + ". Use the config.json they came with."
     )

@@ -20,14 +20,21 @@ LARGEST_JSON = 100_000_000
 """Bytes of a JSON file; the largest published tokenizer.json has some 35 MB."""
 
 
-def parse_json(text: str | bytes, what: str, *, pairs: Callable[[list], Any] | None = None) -> Any:
+def parse_json(
+    text: str | bytes,
+    what: str,
+    *,
+    pairs: Callable[[list], Any] | None = None,
+    integer: Callable[[str], float] | None = None,
+) -> Any:
     """The JSON value in a text; `UserError`, which says `what` it is, if there is none.
 
     `json` raises ValueError for bad text, bytes that are not UTF-8 and numbers of thousands of digits, RecursionError
-    for thousands of brackets. `pairs` is its `object_pairs_hook`.
+    for thousands of brackets. `pairs` is its `object_pairs_hook`, `integer` its `parse_int`.
     """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=pairs)
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=pairs, parse_int=integer)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{what} is not JSON ({short(reason)}); fetch or save it again.") from None

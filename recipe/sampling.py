@@ -18,6 +18,11 @@ LENGTH_STEP = 64
 # New tokens come in chunks of 1, 2, 4 ... up to this many: the first at once, the later ones without much waiting.
 CHUNK = 32
 
+COLDEST = 2.0**-126
+"""Lower temperatures count as this one, float32's smallest normal number; only what ties with the largest is drawn."""
+NO_TOKEN = -1
+"""Stands for the token that logits of NaN or infinity do not choose."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -28,9 +33,9 @@ class SamplingOptions:
     temperature: float = 0.8
     """Divides the logits; 0 always takes the largest (greedy)."""
     top_k: int = 0
-    """Keep the k largest logits; 0 keeps all."""
+    """Keep the k largest logits, and what ties with the smallest of them; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities reach p; 1 keeps all."""
+    """Keep the smallest set of tokens whose probabilities reach p, and what ties with its smallest; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this times as probable as the most probable one; 0 keeps all."""
     repetition_penalty: float = 1.0
@@ -109,9 +114,14 @@ def _round_up(length: int, step: int) -> int:
     return math.ceil(length / step) * step
 
 
+NOT_FINITE = (
+    "the logits are not finite, so they choose no token; look for NaN in the weights with "
+    "`python -m harness.commands.checkpoint inspect FOLDER`, or take dtype float32 if they overflow."
+)
+
 Advance = Callable[[int, np.ndarray], np.ndarray]
-"""`advance(count, done_B)` computes the next `count` tokens of each row (B, count). What a done row gets means nothing;
-once all rows are done there may be fewer columns."""
+"""`advance(count, done_B)` computes the next `count` tokens of each row (B, count), NO_TOKEN where logits choose none.
+What a done row gets means nothing; once all rows are done there may be fewer columns."""
 
 
 class Generator:
@@ -139,7 +149,10 @@ class Generator:
     def stream(
         self, prompts: Sequence[Sequence[int]], options: SamplingOptions, done_B: np.ndarray | None = None
     ) -> Iterator[tuple[int, int]]:
-        """(row, new token) step by step; a row ends at a stop token, or when the caller sets its flag in `done_B`."""
+        """(row, new token) step by step; a row ends at a stop token, or when the caller sets its flag in `done_B`.
+
+        Raises UserError where logits are not finite.
+        """
         batch = make_batch(self.config, prompts, options)
         if done_B is None:
             done_B = np.zeros(len(batch.token_B), bool)
@@ -150,6 +163,7 @@ class Generator:
             for token_B in advance(count, done_B).T.tolist():
                 for row, token in enumerate(token_B):
                     if not done_B[row]:
+                        require(token != NO_TOKEN, NOT_FINITE)
                         if token in options.stop_ids:
                             done_B[row] = True
                         else:

@@ -13,7 +13,7 @@ from harness.commands import checkpoint
 from harness.folders import find_weights, load_folder, save_folder
 from harness.hf_config import from_hf_config, to_hf_config
 from recipe.config import ModelConfig, UserError
-from recipe.params import init_params
+from recipe.params import check_weights, init_params
 from recipe.tokenizer import load_tokenizer, train_bpe
 
 MODEL = ModelConfig(vocab_size=300, hidden_size=30, intermediate_size=14, num_hidden_layers=2, num_attention_heads=6,
@@ -84,7 +84,7 @@ def test_every_wrong_weight_is_named_at_once(tmp_path):
     for part in (
         "missing model.norm.weight (30,)",
         "unexpected stranger (2,)",
-        "(299, 30), the configuration says (300, 30)",
+        "misshapen model.embed_tokens.weight (299, 30) for (300, 30)",
     ):
         assert part in str(caught.value)
 
@@ -95,9 +95,9 @@ def shard(folder, weights: dict[str, np.ndarray], count: int = 2) -> list[str]:
     weight_map, files = {}, []
     for index, names in enumerate(np.array_split(np.array(list(weights)), count), start=1):
         files.append(f"model-0000{index}-of-0000{count}.safetensors")
-        save_file({str(name): weights[name] for name in names}, folder / files[-1])
+        save_file({str(name): weights[name] for name in names}, folder / files[-1], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(map(str, names), files[-1])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return files
 
 
@@ -127,11 +127,11 @@ def test_everything_wrong_with_shards_is_said_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         load_folder(folder)
     for part in (
-        f"{files[3]} is absent, though the index names it",
+        f"absent, though the index names them: {files[3]}",
         f"{files[2]} is cut short",
-        f"{names[0][0]} is both in {files[0]} and in {files[1]}",
-        f"{names[1][0]} has shape (3, 2), the configuration says",
-        f"{names[1][1]} has dtype I32, not one of F64, F32, F16, BF16",
+        f"in two files: {names[0][0]}",
+        f"misshapen {names[1][0]} (3, 2) for",
+        f"dtype I32, not one of F64, F32, F16, BF16: {names[1][1]}",
         "unexpected stranger (2,)",
     ):
         assert part in str(caught.value)
@@ -155,12 +155,125 @@ def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
         np.testing.assert_array_equal(theirs.get_parameter(name).detach().numpy(), weight)
 
 
-def test_a_tied_folder_may_hold_its_head_twice(tmp_path):
-    weights = init_params(MODEL, seed=0)
-    save_folder(tmp_path / "folder", MODEL, weights)
-    twice = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
-    save_file(twice, tmp_path / "folder" / "model.safetensors")
-    assert load_folder(tmp_path / "folder")[1].keys() == weights.keys()
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+TABLES = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for n in range(2)}
+
+
+def bare(weights):
+    """Names as the model without its head has them, those of a published embedding model."""
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def without(weights, *names):
+    return {name: weight for name, weight in weights.items() if name not in names}
+
+
+STORED = {
+    "as it is": lambda w: w,
+    "the head twice": lambda w: w | {HEAD: w[EMBEDDING]},
+    "the head alone": lambda w: without(w, EMBEDDING) | {HEAD: w[EMBEDDING]},
+    "the head twice, with a negative zero": lambda w: (
+        w | {EMBEDDING: np.where(w[EMBEDDING] > 1, w[EMBEDDING], np.float32(0)), HEAD: 0 * w[EMBEDDING] - 0.0}
+    ),
+    "rotary tables": lambda w: w | TABLES,
+    "no prefix": bare,
+    "no prefix, rotary tables, the head alone": lambda w: bare(without(w, EMBEDDING) | TABLES) | {HEAD: w[EMBEDDING]},
+    "one name without prefix": lambda w: without(w, NORM) | {"norm.weight": w[NORM]},
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", STORED)
+def test_what_others_store_is_loaded_as_transformers_loads_it(case, count, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, weights = tmp_path / "folder", init_params(MODEL, seed=0)
+    save_folder(folder, MODEL, weights)
+    stored = STORED[case](weights)
+    if count == 1:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        shard(folder, stored, count)
+    _, loaded = load_folder(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.keys() == weights.keys()
+    for name in weights:
+        np.testing.assert_array_equal(loaded[name], theirs.get_parameter(name).detach().numpy())
+
+
+def nudged(weight):
+    """One element off by one rounding, the last one, so that every piece is looked at."""
+    weight = weight.copy()
+    weight[-1, -1] = np.nextafter(weight[-1, -1], np.float32(9))
+    return weight
+
+
+QUANTISED = {f"{name}_scale_inv": np.ones((1, 1), np.float32) for name in (EMBEDDING, NORM)}
+MISFITS = {
+    "another head": (lambda w: w | {HEAD: nudged(w[EMBEDDING])}, "though tie_word_embeddings is true; set it false"),
+    "a head of another shape": (lambda w: w | {HEAD: w[EMBEDDING][1:]}, "though tie_word_embeddings is true"),
+    "a head of another dtype": (lambda w: w | {HEAD: w[EMBEDDING].astype(np.int32)}, "dtype I32, not one of"),
+    "with and without prefix": (lambda w: w | {"norm.weight": w[NORM]}, f"{NORM} is there twice"),
+    "another model": (lambda w: {f"transformer.h.{n}\n\x1b[2J": w[NORM] for n in range(900)}, "and 895 more"),
+    "too few": (lambda w: {NORM: w[NORM]}, "holds 1 tensors, too few for num_hidden_layers=2"),
+    "quantised": (lambda w: w | QUANTISED, "It is quantised; fetch it in bfloat16"),
+    "eight bits": (lambda w: {n: x.astype(np.int8) for n, x in w.items()}, "It is quantised"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_misfit_is_one_short_line(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tensors.PIECE", 100)
+    folder, weights = tmp_path / "folder", init_params(MODEL, seed=0)
+    save_folder(folder, MODEL, weights)
+    change, message = MISFITS[case]
+    save_file(change(weights), folder / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_folder(folder)
+    said = str(caught.value)
+    assert message in said and said.isprintable() and len(said) < 1500
+
+
+INDEXES = {
+    "no index": ([], "holds a list"),
+    "no map": ({}, "does not say weight_map"),
+    "a list": ({"weight_map": ["a"]}, "weight_map=['a'] must be an object"),
+    "numbers": ({"weight_map": {NORM: 3}}, "must be an object, each value a text"),
+    "above": ({"weight_map": {NORM: "../other/model.safetensors"}}, "names what is no file of its folder"),
+    "elsewhere": ({"weight_map": {NORM: "/etc/passwd"}}, "names what is no file of its folder: /etc/passwd"),
+    "a null": ({"weight_map": {NORM: "a\0b"}}, "names what is no file of its folder"),
+    "the folder": ({"weight_map": {NORM: ""}}, "cannot be read: Is a directory"),
+    "a long name": ({"weight_map": {NORM: "a" * 5000}}, "cannot be read: File name too long"),
+    "half a character": ({"weight_map": {NORM: "\ud800"}}, r"is no file of its folder: \ud800"),
+    "control characters": ({"weight_map": {NORM: "\x1b[2J\n"}}, r"is no file of its folder: \x1b"),
+    "another file": ({"weight_map": {NORM: "one", EMBEDDING: "two"}}, "not in the file that the index names"),
+    "thousands absent": ({"weight_map": {str(n): f"shard-{n}" for n in range(3000)}}, "and 2,995 more"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_is_not_taken_on_trust(case, tmp_path):
+    folder, weights = tmp_path / "folder", init_params(MODEL, seed=0)
+    save_folder(folder, MODEL, weights)
+    (folder / "model.safetensors").unlink()
+    save_file({EMBEDDING: weights[EMBEDDING]}, folder / "one")
+    save_file(without(weights, EMBEDDING), folder / "two")
+    values, message = INDEXES[case]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        load_folder(folder)
+    said = str(caught.value)
+    assert message in said and said.isprintable() and len(said) < 1500
+
+
+def test_a_billion_layers_are_refused_before_names_are_made(tmp_path):
+    save_folder(tmp_path / "folder", MODEL, init_params(MODEL, seed=0))
+    values = json.loads((tmp_path / "folder" / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="too few for num_hidden_layers=1,000,000,000"):
+        load_folder(tmp_path / "folder")
+    with pytest.raises(UserError, match="too few for num_hidden_layers=1,000,000,000"):
+        check_weights({}, dataclasses.replace(MODEL, num_hidden_layers=10**9))
 
 
 def test_windows_that_are_not_in_the_last_layers_are_refused():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import io
 import json
@@ -214,13 +215,35 @@ def test_a_shell_gets_its_completion(capsys):
     assert stop.value.code in (0, None) and "--checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["torch_ref.generate", "torch_ref.train", "parity_tests"])
-def test_a_module_that_needs_torch_says_so_without_it(module, empty_folder):
-    (empty_folder / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
-    environment = os.environ | {"PYTHONPATH": str(empty_folder)}
-    line = [sys.executable, "-m", module, "--help"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: {WITHOUT_TORCH}\n")
+def without(name: str, folder: Path, *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m WORDS` where a package is not installed."""
+    (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    line = [sys.executable, "-m", *words]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+NEED_TORCH = (
+    *("torch_ref.generate", "torch_ref.train", "parity_tests", "parity_tests.whole_run", "parity_tests.example"),
+    *("benchmarks.input_pipeline --batches 1",),
+)
+
+
+@pytest.mark.parametrize("line", NEED_TORCH)
+def test_a_module_that_needs_torch_says_so_without_it(line, empty_folder):
+    assert without("torch", empty_folder, *line.split()) == (2, "", f"error: {WITHOUT_TORCH}\n")
+
+
+def test_transformers_is_told_from_torch(empty_folder):
+    code, out, err = without("transformers", empty_folder, "parity_tests.whole_run")
+    assert (code, out) == (2, "") and err.startswith("error: transformers is not installed; run: pip install")
+
+
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.input_pipeline", "benchmarks.generation"])
+def test_help_of_the_benchmarks_needs_no_torch(module, empty_folder):
+    code, out, err = without("torch", empty_folder, module, "--help")
+    assert (code, err) == (0, "") and out.startswith("usage: ")
 
 
 def test_another_missing_module_is_a_bug():
@@ -421,6 +444,76 @@ def test_a_missing_file_is_the_users_mistake(capsys, empty_folder):
     assert run(lambda: (empty_folder / "corpus.txt").read_text() and None) == 2
     stderr = capsys.readouterr().err
     assert "corpus.txt" in stderr and stderr.count("\n") == 1
+
+
+def fail(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+def refusal(number: int, *files: str) -> OSError:
+    return OSError(number, os.strerror(number), *files)
+
+
+MACHINE = {
+    "disk full": (fail(refusal(errno.ENOSPC, "a/b")), 1, "a/b: No space left on device; make room"),
+    "disk full, says numpy": (fail(OSError("100 requested and 20 written")), 1, "No space left on device; make room"),
+    "quota": (fail(refusal(errno.EDQUOT)), 1, "make room"),
+    "read-only": (fail(refusal(errno.EROFS, "a")), 2, "a: Read-only file system; choose a place that can be written"),
+    "a long name": (lambda: Path("a" * 5000).write_text(""), 2, "File name too long; choose a shorter name"),
+    "not permitted": (fail(refusal(errno.EACCES, "a")), 2, "a: Permission denied; choose another place"),
+    "open files": (fail(refusal(errno.EMFILE)), 1, "Too many open files; raise the limit"),
+    "two names": (fail(OSError(errno.EEXIST, "x", "a", None, "b")), 2, "a and b: File exists"),
+    "a circle of links": (lambda: [Path("x").symlink_to("x"), Path("x").read_text()], 2, "mend the symbolic links"),
+    "control characters": (fail(refusal(errno.ENOSPC, "\x1b[2J\n")), 1, r"\x1b[2J"),
+    "no home": (fail(RuntimeError("Could not determine home directory.")), 2, "set HOME"),
+    "memory": (fail(MemoryError()), 1, "out of memory; choose smaller sizes"),
+    "numpy's memory": (lambda: np.empty(10**18, np.uint8), 1, "out of memory (Unable to allocate"),
+    "XLA's memory": (fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes")), 1, "out of memory"),
+    "torch's memory": (fail(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")), 1, "out of memory"),
+    "a huge list": (lambda: [0] * 10**20, 2, "a size is beyond any machine's"),
+    "a huge array": (lambda: np.empty(10**20), 2, "a size is beyond any machine's"),
+    "a huge shape": (lambda: np.empty((2**40, 2**40)), 2, "a size is beyond any machine's"),
+    "a huge range": (lambda: np.arange(10**30, 10**31), 2, "a size is beyond any machine's"),
+    "a huge token": (lambda: np.int32(2**40), 2, "a size is beyond any machine's"),
+}
+
+
+@pytest.mark.parametrize("case", MACHINE)
+def test_what_the_machine_refuses_is_one_line_with_a_remedy(case, capsys):
+    main, code, message = MACHINE[case]
+    assert run(main) == code
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and message in stderr and stderr.count("\n") == 1
+    assert stderr[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [refusal(errno.EBADF), refusal(errno.ECHILD), OSError("strange"), RuntimeError("x"), OverflowError("math range")],
+    ids=repr,
+)
+def test_another_error_of_the_machine_is_a_bug(error):
+    with pytest.raises(type(error)):
+        run(fail(error))
+
+
+def test_a_home_that_is_not_there_is_told(monkeypatch, capsys):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for a user that the machine does not know
+    assert run(lambda: Path.home() and None) == 2
+    assert "set HOME" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("program", ["print('x')", "print('x' * 10**6)"])
+def test_output_to_a_full_disk_is_one_line(program):
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-c", f"from harness.cli import run; exit(run(lambda: {program}))"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "No space left on device" in done.stderr
 
 
 def test_output_that_nobody_reads_ends_the_command_in_one_line():

@@ -133,6 +133,105 @@ def test_an_unfinished_last_line_is_dropped(tmp_path):
     assert read_metrics(tmp_path / "run") == whole[:-1]
 
 
+def damaged(path: Path, case: str) -> bytes:
+    """What the log of `write_run` may have become: 3 records of evaluations and 30 of updates, and a first line."""
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    return {
+        "emptied": b"",
+        "zeroed": bytes(len(whole)),
+        "its beginning lost": b"".join(lines[8:]),
+        "its end lost": b"".join(lines[:8]),
+        "holes": b"".join(lines[::2]),
+    }[case]
+
+
+LINES = {
+    "no JSON": b"{{{",
+    "zeros": bytes(9),
+    "a list": b"[1]",
+    "no step": b'{"kind": "train"}',
+    "a text for a step": b'{"kind": "train", "step": "3"}',
+    "no kind": b'{"step": 3}',
+    "another encoding": b'{"kind": "\xff", "step": 3}',
+    "thousands of brackets": b"[" * 99_999,
+    "control characters": b'{"kind": 1, "\\n\\u001b": "\\u001b[2J"}',
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_damaged_line_of_the_log_is_told(case, tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:6], LINES[case] + b"\n", *lines[6:]]))
+    for use in (read_metrics, lambda run: plot_runs([run], tmp_path / "o.png"), resume):
+        with pytest.raises(
+            UserError, match=r"line 7 of .*metrics\.jsonl.* The log is damaged; mend the line"
+        ) as caught:
+            use(tmp_path / "run")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def resume(run: Path) -> list[dict]:
+    """Go on after step 20; the records then."""
+    with RunLog(run, CONFIG, framework="jax", environment={}, resume_at=20) as log:
+        values = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "skipped": 0, "seconds": 0.5}
+        log.log_step(step=21, tokens=CONFIG.tokens_per_step, **values)
+    return read_metrics(run)
+
+
+@pytest.mark.parametrize(
+    ("case", "lacking"),
+    [("emptied", 20), ("zeroed", 20), ("its beginning lost", 7), ("its end lost", 13), ("holes", 10), ("", 0)],
+)
+def test_a_log_without_the_records_before_the_state_is_told_and_gone_on_with(case, lacking, tmp_path, capsys):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(damaged(path, case) if case else path.read_bytes())
+    kept = [record for record in read_metrics(tmp_path / "run") if record["step"] <= 20]
+    capsys.readouterr()
+    records = resume(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert (f"lacks {lacking} of the 20 training records" in out) == bool(lacking)
+    assert records[: len(kept)] == kept and records[-1]["step"] == 21
+    assert records[-1]["tokens"] == 21 * CONFIG.tokens_per_step and records[-1]["dt_ms"] == 500.0
+
+
+def test_a_run_goes_on_without_a_log_that_was_moved_away(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "damaged.jsonl")
+    assert [record["kind"] for record in resume(tmp_path / "run")] == ["resume", "train"]
+    assert "lacks 20 of the 20 training records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "holds a list"), ("{", "is not JSON"), ("{}", "does not say framework"), ('{"framework": 3}', "must be")],
+)
+def test_the_plot_tells_a_damaged_run_json(content, message, tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        plot_runs([tmp_path / "run"], tmp_path / "o.png")
+
+
+@pytest.mark.parametrize("change", [{"loss": "x"}, {"loss": [1]}, {"losses": 1.0}], ids=str)
+def test_the_plot_tells_a_value_that_is_no_number(change, tmp_path):
+    write_run(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "train", "step": 31} | change) + "\n")
+    with pytest.raises(UserError, match="the train record of step 31"):
+        plot_runs([tmp_path / "run"], tmp_path / "o.png")
+
+
+@pytest.mark.parametrize("out", ["p.txt", "p", "p.json", "nowhere/p.png", "p.\x1b[2J"])
+def test_the_plot_refuses_a_file_that_is_no_picture_before_it_reads_a_run(out, tmp_path):
+    with pytest.raises(UserError, match="--out ") as caught:
+        plot_runs([tmp_path / "no run"], tmp_path / out)
+    assert str(caught.value).isprintable()
+
+
 def test_run_json_restores_the_config_and_names_its_surroundings(tmp_path):
     write_run(tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -95,23 +95,71 @@ def test_every_wrong_slot_is_named_at_once(folder):
     for part in (
         "missing mu.model.layers.0.mlp.up_proj.weight (14, 30)",
         "unexpected mu.model.norm.weight (30,)",
-        "exp_avg.model.norm.weight has shape (29,), the configuration says (30,)",
+        "misshapen exp_avg.model.norm.weight (29,) for (30,)",
     ):
         assert part in str(caught.value)
 
 
+def changed(**fields):
+    return lambda values: values | fields
+
+
+def config(section="", **fields):
+    """A change of the configuration in run.json, or of a part of it; None takes a field out."""
+
+    def change(values):
+        part = values["config"][section] if section else values["config"]
+        part |= fields
+        for name in [name for name, value in fields.items() if value is None]:
+            del part[name]
+        return values
+
+    return change
+
+
+def lacking(name):
+    return lambda values: {other: value for other, value in values.items() if other != name}
+
+
 REFUSED = {
-    "format": ({"format": 2}, "has format 2, this version reads 1"),
-    "position": ({"position": 40}, "40 updates and 2 skipped ones do not make position 40"),
-}
+    "format": (changed(format=2), "has format 2, this version reads 1"),
+    "a format that is no number": (changed(format=["\x1b"] * 999), "this version reads 1"),
+    "position": (changed(position=40), "40 updates and 2 skipped ones do not make position 40"),
+    "negative counts": (changed(updates=-2, skipped=44), "do not make position 42"),
+    "a list": (lambda _: [], "holds a list"),
+    **{f"without {name}": (lacking(name), f"does not say {name}") for name in ("updates", "skipped", "position",
+       "best_validation_loss", "training_text", "config", "framework", "saved")},
+    "a text for a count": (changed(updates="40"), "updates='40' must be a whole number"),
+    "a truth value for a count": (changed(skipped=True), "skipped=True must be a whole number"),
+    "a loss that is none": (changed(best_validation_loss=math.nan), "best_validation_loss=nan"),
+    "no configuration": (changed(config=[]), "config=[] must be"),
+    "a later version's field": (config(warp=1), "has warp, unknown to this version"),
+    "a later version's field inside": (config("muon", warp=1), "has muon.warp, unknown to this version"),
+    "a field less": (config(seed=None), "does not say seed"),
+    "a field less inside": (config("model", rope_theta=None), "does not say model.rope_theta"),
+    "a section that is a list": (config(muon=[1]), "muon=[1] must be"),
+    "a text for prompts": (config(prompts="abc"), "prompts='abc' must be a list"),
+    "a wrong type": (config(seed="5"), "seed='5' must be"),
+    "a wrong type inside": (config("model", hidden_size=30.0), "hidden_size=30.0 must be"),
+    "a billion layers": (config("model", num_hidden_layers=10**9), "too few for num_hidden_layers=1,000,000,000"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_run_json_must_not_say_is_refused(case, folder):
     change, message = REFUSED[case]
-    values = json.loads((folder / "run.json").read_text()) | change
+    values = change(json.loads((folder / "run.json").read_text()))
     (folder / "run.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
+        load_state(folder)
+    said = str(caught.value)
+    assert message in said and said.isprintable() and len(said) < 500
+
+
+def test_slots_of_another_dtype_are_refused(folder):
+    stored = load_file(folder / "optimizer.safetensors")
+    save_file({name: array.astype(np.int8) for name, array in stored.items()}, folder / "optimizer.safetensors")
+    with pytest.raises(UserError, match="dtype I8, not one of F64, F32, F16, BF16: "):
         load_state(folder)
 
 

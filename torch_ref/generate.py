@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import param_specs
-from recipe.sampling import Batch, Generator, SamplingOptions
+from recipe.sampling import COLDEST, NO_TOKEN, Batch, Generator, SamplingOptions
 from torch_ref import random
 from torch_ref.cache import KVCache
 from torch_ref.model import Qwen3ForCausalLM
@@ -42,18 +42,17 @@ def penalize(logits_V: torch.Tensor, seen_V: torch.Tensor, penalty: float) -> to
 def filter_logits(
     logits_V: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> torch.Tensor:
-    """Logits over temperature; -inf outside the k largest, then outside the smallest set that reaches probability p,
-    then where the probability is below min_p times the largest."""
-    logits_V = logits_V / temperature
+    """Logits below the largest, over temperature; -inf outside the k largest, then outside the smallest set that
+    reaches probability p, then where the probability is below min_p times the largest. Who ties with one kept stays."""
+    logits_V = (logits_V - torch.max(logits_V)) / max(temperature, COLDEST)
     if top_k:
         kth = torch.topk(logits_V, min(top_k, logits_V.shape[-1]))[0][-1]
         logits_V = logits_V.masked_fill(logits_V < kth, -math.inf)
     if top_p < 1.0:
-        descending = torch.sort(logits_V, descending=True)[0]
-        probs = torch.softmax(descending, dim=-1)
-        # A token stays if those before it have not reached p yet; the first one always stays.
-        stays = torch.cumsum(probs, dim=-1) - probs < top_p
-        smallest = torch.min(torch.where(stays, descending, math.inf))
+        ascending = torch.sort(logits_V)[0]
+        # The small ones first, whose sum float32 would lose beside the large ones; the last one always stays.
+        stays = torch.cumsum(torch.softmax(ascending, dim=-1), dim=-1) > 1.0 - top_p
+        smallest = torch.min(torch.where(stays, ascending, ascending[-1]))
         logits_V = logits_V.masked_fill(logits_V < smallest, -math.inf)
     if min_p > 0.0:
         probs = torch.softmax(logits_V, dim=-1)
@@ -70,13 +69,15 @@ def sample_token(
     temperature: float,
     **filters,
 ) -> torch.Tensor:
-    """Index of the next token: the largest logit at temperature 0, else the largest with Gumbel noise added."""
+    """Index of the next token: the largest logit at temperature 0, else the largest with Gumbel noise added; NO_TOKEN
+    where the largest is not finite, as it is if any is NaN."""
     if repetition_penalty != 1.0:
         logits_V = penalize(logits_V, seen_V, repetition_penalty)
-    if temperature == 0.0:
-        return torch.argmax(logits_V)
-    logits_V = filter_logits(logits_V, temperature=temperature, **filters)
-    return torch.argmax(logits_V + random.gumbel(key, logits_V.shape, logits_V.device))
+    finite = torch.isfinite(torch.max(logits_V))
+    if temperature > 0.0:
+        logits_V = filter_logits(logits_V, temperature=temperature, **filters)
+        logits_V = logits_V + random.gumbel(key, logits_V.shape, logits_V.device)
+    return torch.where(finite, torch.argmax(logits_V), NO_TOKEN)
 
 
 def held_model(
@@ -117,7 +118,7 @@ def decode(
 ) -> tuple[DecodeState, torch.Tensor]:
     """The next tokens of each row (B, count), fewer if all rows are done before.
 
-    What a row that is done gets means nothing. `choice` holds the keyword arguments of `sample_token`.
+    NO_TOKEN ends a row; what one that is done gets means nothing. `choice`: the keyword arguments of `sample_token`.
     """
 
     def step(state):
@@ -126,14 +127,15 @@ def decode(
         keys = [random.fold_in(key, position) for key, position in zip(key_B, position_B.tolist(), strict=True)]
         rows = zip(logits_BV, state.seen_BV, keys, strict=True)
         token_B = torch.stack([sample_token(*row, **dict(choice)) for row in rows])
-        seen_BV = state.seen_BV.scatter(1, token_B[:, None], True)
-        done_B = state.done_B | torch.isin(token_B, stop_ids)
-        return DecodeState(layers, token_B, position_B, seen_BV, done_B)
+        done_B = state.done_B | torch.isin(token_B, stop_ids) | (token_B == NO_TOKEN)
+        legal_B = torch.clamp(token_B, min=0)
+        seen_BV = state.seen_BV.scatter(1, legal_B[:, None], True)
+        return DecodeState(layers, legal_B, position_B, seen_BV, done_B), token_B
 
     new = []
     while len(new) < count and not state.done_B.all():
-        state = step(state)
-        new.append(state.token_B)
+        state, token_B = step(state)
+        new.append(token_B)
     return state, torch.stack(new, dim=1)
 
 
