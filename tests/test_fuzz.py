@@ -1,0 +1,20 @@
+"""Every reader of foreign input against mutated files: some hundreds here, 10,000 at night (`make fuzz`)."""
+
+import pytest
+
+from parity_tests.fuzz import faults, fuzz
+from parity_tests.fuzz_targets import TARGETS
+
+INPUTS = 150
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {result.target: result for result in fuzz(list(TARGETS), INPUTS)}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_mutated_file_is_refused_in_one_line_or_read_as_others_read_it(name, results):
+    result = results[name]
+    assert not result.faults, "\n".join(faults(result))
+    assert result.equal and not result.left_out, "the inputs test nothing"
