@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
-import fnmatch
+import importlib
 import json
 import os
 import random
@@ -30,9 +30,12 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from harness.cli import USERS_MISTAKES, one_line
+from parity_tests.fuzz_mutations import BY_SUFFIX, mutate_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10.0
@@ -44,6 +47,31 @@ DEATHS = 25
 SLOW = 0.5
 """Seconds after which the other reader is not asked about what ours refused: it has no bound on time."""
 KINDS = ("traceback", "hang", "crash", "outside", "differs", "accepts")
+
+
+Facts = dict[str, Any]
+
+
+class NoOpinionError(Exception):
+    """The other reader cannot be asked about this input."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One reader of foreign input. Its functions get a folder, which is also the current one."""
+
+    name: str
+    seeds: Callable[[Path], Iterator[None]]
+    """Writes a valid input into the folder at each `next`."""
+    mutable: tuple[str, ...]
+    """Patterns of the files that are mutated."""
+    ours: Callable[[Path], Facts]
+    """Reads the folder as the project does; facts by name."""
+    theirs: Callable[[Path, Facts], Facts]
+    """The same facts as another library reads them, or what it raises. Gets ours too (none if refused), for what need
+    not be equal but must lie within them."""
+    share: float = 1.0
+    """Inputs relative to the other targets', for what is slow."""
 
 
 @dataclasses.dataclass
@@ -145,11 +173,8 @@ def place_of(error: BaseException) -> str:
     return type(error).__name__ + where
 
 
-def answer(target: Any, folder: Path, watch: Watch, say: Any) -> dict[str, Any]:
+def answer(target: Target, folder: Path, watch: Watch, say: Any) -> dict[str, Any]:
     """Read one input by both readers: `outcome`, and for a fault its `place`."""
-    from harness.cli import USERS_MISTAKES, one_line
-    from parity_tests.fuzz_targets import NoOpinionError
-
     begun, ours, refusal = time.monotonic(), {}, None
     watch.active, watch.seen = True, ""
     try:
@@ -197,11 +222,11 @@ def parting(ours: Any, theirs: Any) -> str:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, and a number is no text; NaN equals itself."""
+    """Equal, or both NaN."""
     return a == b or (a != a and b != b)
 
 
-def seeds_of(target: Any, folder: Path) -> list[Path]:
+def seeds_of(target: Target, folder: Path) -> list[Path]:
     """The target's valid inputs, each in a folder of its own."""
     made, found = folder / "made", []
     made.mkdir(parents=True)
@@ -213,18 +238,15 @@ def seeds_of(target: Any, folder: Path) -> list[Path]:
     return found
 
 
-def mutated(target: Any, seeds: Sequence[Path], case: Path, number: int, choose: random.Random) -> str:
+def mutated(target: Target, seeds: Sequence[Path], case: Path, number: int, choose: random.Random) -> str:
     """Put a seed into the folder `case` with one to three things wrong, the first inputs with none; returns what."""
-    from parity_tests.fuzz_mutations import BY_SUFFIX, mutate_bytes
-
     shutil.rmtree(case, ignore_errors=True)
     seed = number if number < len(seeds) else choose.randrange(len(seeds))
     shutil.copytree(seeds[seed], case)
-    names = sorted(str(file.relative_to(case)) for file in case.rglob("*") if file.is_file())
-    names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in target.mutable)]
-    said = []
     if number < len(seeds):
         return f"seed {number} as it is"
+    names = sorted({str(file.relative_to(case)) for pattern in target.mutable for file in case.glob(pattern)})
+    said = []
     for _ in range(choose.choice([1, 1, 1, 2, 3])):
         file = case / choose.choice(names)
         data, what = BY_SUFFIX.get(file.suffix, mutate_bytes)(file.read_bytes(), choose)
@@ -233,39 +255,30 @@ def mutated(target: Any, seeds: Sequence[Path], case: Path, number: int, choose:
     return f"seed {seed}, " + "; ".join(said)
 
 
-def child(work: dict[str, Any], report: Path, root: Path) -> None:
-    """Answer for the inputs in `work`, and write what happens to `report` line by line."""
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "TMPDIR": str(root / "tmp"),
-    }
-    os.environ["MPLCONFIGDIR"] = os.environ["TMPDIR"]
-    (root / "tmp").mkdir(exist_ok=True)
+def child() -> None:
+    """Answer for the inputs that standard input asks for, and write what happens to a report line by line."""
+    work = json.load(sys.stdin)
+    root = Path(work["root"])
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    os.environ |= dict.fromkeys(["TMPDIR", "MPLCONFIGDIR"], str(root / "tmp"))
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
     stderr = os.fdopen(os.dup(2), "w")
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the process's life)
-
-    if work["guided"]:
-        import atheris
-
-        with atheris.instrument_imports(include=["recipe", "harness"]):
-            from parity_tests.fuzz_targets import TARGETS
-    else:
-        from parity_tests.fuzz_targets import TARGETS
-    case, file = root / "case" / "folder", os.open(report, os.O_WRONLY | os.O_APPEND)
+    atheris = importlib.import_module("atheris") if work["guided"] else None
+    with atheris.instrument_imports(include=["recipe", "harness"]) if atheris else contextlib.nullcontext():
+        targets = importlib.import_module(work["module"]).TARGETS
+    case, file = root / "case" / "folder", os.open(root / "report", os.O_WRONLY | os.O_APPEND)
     watch = Watch([case, root / "tmp"])
 
     def say(**line: Any) -> None:
         os.write(file, json.dumps(line).encode() + b"\n")
 
-    def one(target: Any, seeds: Sequence[Path], number: int, choose: random.Random) -> None:
+    def one(target: Target, seeds: Sequence[Path], number: int, choose: random.Random) -> None:
         said = mutated(target, seeds, case, number, choose)
         bound_memory()
         say(target=target.name, number=number, said=said, phase="ours")
-        faulthandler.dump_traceback_later(SECONDS, exit=True, file=stderr)
+        faulthandler.dump_traceback_later(work["seconds"], exit=True, file=stderr)
         os.chdir(case)
         begun = time.monotonic()
         found = answer(target, case, watch, lambda phase: say(phase=phase))
@@ -279,10 +292,10 @@ def child(work: dict[str, Any], report: Path, root: Path) -> None:
 
     kept: set[tuple[str, str | None]] = set()
     for name, first, count in work["inputs"]:
-        seeds = seeds_of(TARGETS[name], root / name)
-        if not work["guided"]:
+        seeds = seeds_of(targets[name], root / name)
+        if atheris is None:
             for number in range(first, first + count):
-                one(TARGETS[name], seeds, number, random.Random(f"{work['seed']} {name} {number}"))
+                one(targets[name], seeds, number, random.Random(f"{work['seed']} {name} {number}"))
             continue
         numbers = iter(range(first, first + count))
 
@@ -291,19 +304,10 @@ def child(work: dict[str, Any], report: Path, root: Path) -> None:
             if number is None:
                 say(done=True)
                 os._exit(0)
-            one(TARGETS[name], seeds, number, Choices(atheris.FuzzedDataProvider(data)))
+            one(targets[name], seeds, number, Choices(atheris.FuzzedDataProvider(data)))
 
-        atheris.Setup(
-            [
-                sys.argv[0],
-                "-max_len=512",
-                "-len_control=0",
-                f"-seed={work['seed'] + first + 1}",
-                "-timeout=0",
-                "-rss_limit_mb=0",
-            ],
-            guided,
-        )
+        flags = ["-max_len=512", "-len_control=0", "-timeout=0", "-rss_limit_mb=0", f"-seed={work['seed'] + first + 1}"]
+        atheris.Setup([sys.argv[0], *flags], guided)
         atheris.Fuzz()  # does not come back
     say(done=True)
 
@@ -311,20 +315,37 @@ def child(work: dict[str, Any], report: Path, root: Path) -> None:
 def bound_memory() -> None:
     """Let the process grow by MEMORY and no more."""
     if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 # The parent
 
 
 def fuzz(
-    names: Sequence[str], inputs: int, *, seed: int = 0, keep: Path | None = None, guided: bool = False
+    names: Sequence[str],
+    inputs: int,
+    *,
+    seed: int = 0,
+    keep: Path | None = None,
+    guided: bool = False,
+    module: str = "parity_tests.fuzz_targets",
+    seconds: float = SECONDS,
 ) -> list[Result]:
-    """Try `inputs` mutated inputs on each target (fewer on a slow one), in a child that begins anew where one dies."""
-    from parity_tests.fuzz_targets import TARGETS
+    """Try `inputs` mutated inputs on each target (fewer on a slow one), in a child that begins anew where one dies.
 
-    work = [(name, 0, max(1, round(inputs * TARGETS[name].share))) for name in names]
+    `module` has the `TARGETS`; an input that takes `seconds` is a hang.
+    """
+    targets = importlib.import_module(module).TARGETS
+    options = {
+        "seed": seed,
+        "guided": guided,
+        "module": module,
+        "seconds": seconds,
+        "keep": keep and str(keep.resolve()),
+    }
+    work = [(name, 0, max(1, round(inputs * targets[name].share))) for name in names]
     results = {name: Result(name) for name in names}
     deaths: Counter[str] = Counter()
     while work:
@@ -332,11 +353,11 @@ def fuzz(
             root = Path(folder)
             report, errors = root / "report", root / "errors"
             report.touch()
+            (root / "tmp").mkdir()
+            task = options | {"root": folder, "inputs": work[:1] if guided else work}
             with errors.open("w") as stderr:
-                command = [sys.executable, "-m", "parity_tests.fuzz", "--child", str(root)]
-                options = {"seed": seed, "guided": guided, "keep": keep and str(keep.resolve())}
-                task = json.dumps(options | {"inputs": work[:1] if guided else work})
-                code = subprocess.run(command, input=task, text=True, stderr=stderr, cwd=ROOT).returncode
+                command = [sys.executable, "-c", "from parity_tests import fuzz; fuzz.child()"]
+                code = subprocess.run(command, input=json.dumps(task), text=True, stderr=stderr, cwd=ROOT).returncode
             lines = [json.loads(line) for line in report.read_text().splitlines()]
             said = errors.read_text(errors="replace")
             last = read_report(lines, results)
@@ -352,7 +373,7 @@ def fuzz(
         if lines[-1].get("phase") == "ours":
             kind = "hang" if "Timeout (" in said else "crash"
             results[name].add(number, last["said"], {"outcome": kind, "place": place_in(said) or f"exit {code}"})
-        else:
+        elif "phase" in lines[-1]:
             results[name].add(number, last["said"], {"outcome": "unknown"})
         deaths[name] += 1
         while work[0][0] != name:
@@ -424,15 +445,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files of one input of each fault")
     parser.add_argument("--guided", action="store_true", help="coverage-guided choices; needs atheris")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child is not None:
-        child(json.load(sys.stdin), options.child / "report", options.child)
-        return 0
-    from parity_tests.fuzz_targets import TARGETS
-
+    targets = importlib.import_module("parity_tests.fuzz_targets").TARGETS
     found = []
-    for name in options.target or TARGETS:
+    for name in options.target or targets:
         found += fuzz([name], options.inputs, seed=options.seed, keep=options.keep, guided=options.guided)
         print(f"{name}: {found[-1].inputs:,} inputs, {found[-1].faults.total():,} faulty", file=sys.stderr, flush=True)
     print("\n".join(table(found)))

@@ -1,15 +1,13 @@
 """The readers of what others write, each with small valid inputs and somebody else's reading of the same files.
 
-A target's functions get a folder, which is also the current one. `ours` reads it as the project does and returns facts
-by name; `theirs` returns the same facts as another library reads them, or raises what that library raises. What is not
-a file by nature (a prompt, a command line, token ids) is put into one, so that all are mutated alike.
+What is not a file by nature (a prompt, a command line, token ids) is put into one, so that all are mutated alike.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,35 +31,13 @@ from harness.runlog import read_metrics
 from harness.state import SLOTS, TrainingState, load_state, save_state
 from harness.tensors import DTYPES, StoredTensors, read_header, write_tensors
 from harness.text import TextStream
+from parity_tests.fuzz import Facts, NoOpinionError, Target
 from recipe.config import DataConfig, ModelConfig, RunConfig, require, to_dict
 from recipe.corpus import load_documents
 from recipe.data import prepare
 from recipe.params import init_params, slot_shapes
 from recipe.sampling import Generator
 from recipe.tokenizer import Tokenizer, load_tokenizer, train_bpe
-
-Facts = dict[str, Any]
-
-
-class NoOpinionError(Exception):
-    """The other reader cannot be asked about this input."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One reader of foreign input."""
-
-    name: str
-    seeds: Callable[[Path], Iterator[None]]
-    """Writes valid inputs, one at each `next`, into the folder it is given (`write_seeds`)."""
-    mutable: tuple[str, ...]
-    """Patterns of the files that are mutated."""
-    ours: Callable[[Path], Facts]
-    theirs: Callable[[Path, Facts], Facts]
-    """Gets our facts too, for what need not be equal but must lie within them."""
-    share: float = 1.0
-    """Inputs relative to the other targets', for what is slow."""
-
 
 MODEL = ModelConfig(
     **{"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4},
