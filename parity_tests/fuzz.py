@@ -8,6 +8,7 @@ and so are the values that the other reader finds. A fault is anything else:
 - outside: a file written or read outside the folder, a program started, a connection
 - differs: accepted, with other values than the other reader's
 - accepts: accepted, though the other reader refuses
+- refuses: a valid input, nothing wrong with it, refused
 
 An input follows from (seed, target, number) alone; `--keep FOLDER` leaves the files of one input of each fault there.
 With `--guided` (needs the package atheris) coverage of the readers guides the choices, and only the files tell them.
@@ -46,7 +47,7 @@ DEATHS = 25
 """Children that a target may cost before the rest of its inputs is left out."""
 SLOW = 0.5
 """Seconds after which the other reader is not asked about what ours refused: it has no bound on time."""
-KINDS = ("traceback", "hang", "crash", "outside", "differs", "accepts")
+KINDS = ("traceback", "hang", "crash", "outside", "differs", "accepts", "refuses")
 
 
 Facts = dict[str, Any]
@@ -193,19 +194,19 @@ def answer(target: Target, folder: Path, watch: Watch, say: Any) -> dict[str, An
         if not line.isprintable() or not line:
             return {"outcome": "traceback", "place": f"no line fit to print: {place_of(refusal)}"}
         if time.monotonic() - begun > SLOW:
-            return {"outcome": "refused"}
+            return {"outcome": "refused", "place": line}
     say("theirs")
     try:
         theirs = target.theirs(folder, ours)
     except NoOpinionError:
-        return {"outcome": "refused" if refusal else "unknown"}
+        return {"outcome": "refused" if refusal else "unknown", "place": str(refusal)}
     except Exception as error:
         if refusal is not None:
-            return {"outcome": "refused"}
+            return {"outcome": "refused", "place": str(refusal)}
         said = " ".join(ascii(str(error))[1:60].split())
         return {"outcome": "accepts", "place": f"{type(error).__name__}: {said}"}
     if refusal is not None:
-        return {"outcome": "stricter"}
+        return {"outcome": "stricter", "place": str(refusal)}
     differing = [name for name in sorted({*ours, *theirs}) if not same(ours.get(name), theirs.get(name))]
     if not differing:
         return {"outcome": "equal"}
@@ -284,6 +285,8 @@ def child() -> None:
         found = answer(target, case, watch, lambda phase: say(phase=phase))
         faulthandler.cancel_dump_traceback_later()
         os.chdir(root)
+        if number < len(seeds) and found["outcome"] in ("refused", "stricter"):
+            found["outcome"] = "refuses"
         fault = found["outcome"], found.get("place")
         if work["keep"] and found["outcome"] in KINDS and fault not in kept:
             shutil.copytree(case, Path(work["keep"]) / f"{target.name}-{number}", dirs_exist_ok=True)
@@ -306,7 +309,13 @@ def child() -> None:
                 os._exit(0)
             one(targets[name], seeds, number, Choices(atheris.FuzzedDataProvider(data)))
 
-        flags = ["-max_len=512", "-len_control=0", "-timeout=0", "-rss_limit_mb=0", f"-seed={work['seed'] + first + 1}"]
+        flags = [
+            "-max_len=512",
+            "-len_control=0",
+            "-timeout=86400",
+            "-rss_limit_mb=0",
+            f"-seed={work['seed'] + first + 1}",
+        ]
         atheris.Setup([sys.argv[0], *flags], guided)
         atheris.Fuzz()  # does not come back
     say(done=True)

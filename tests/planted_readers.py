@@ -36,6 +36,12 @@ def planted(act: Callable[[Path], object]) -> Callable[[Path], Facts]:
     return read
 
 
+def refuses(folder: Path) -> Facts:
+    facts = careful(folder)
+    require(facts["text"] != "seed", "the text is 'seed'; choose another.")
+    return facts
+
+
 def writes(folder: Path) -> None:
     (folder / ".." / "elsewhere").write_text("", encoding="utf-8")
 
@@ -45,6 +51,7 @@ READERS: dict[str, Callable[[Path], Facts]] = {
     "traceback": whole,
     "differs": planted(lambda folder: {"text": ""}),
     "accepts": lambda folder: {"text": (folder / "text.txt").read_bytes().decode(errors="replace")},
+    "refuses": refuses,
     "outside": planted(writes),
     "hang": planted(lambda folder: time.sleep(60)),
     "crash": planted(lambda folder: os.abort()),
