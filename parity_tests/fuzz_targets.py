@@ -637,31 +637,34 @@ def read_ids(folder: Path, tokenizer: Tokenizer) -> tuple[list[int], list[int], 
     except (ValueError, TypeError, KeyError, RecursionError, UnicodeError):
         prompt, new, stop = [40], [200, 210], []
     new = [token for token in new if type(token) is int and 0 <= token < tokenizer.vocab_size]
-    return prompt, new, [text for text in stop if isinstance(text, str) and text]
+    return prompt, new[:24], [text for text in stop if isinstance(text, str) and text]
 
 
 def stream_ours(folder: Path) -> Facts:
+    """The text if the tokens ended after the first, after the second ..."""
     tokenizer = load_tokenizer(folder)
     prompt, new, stop = read_ids(folder, tokenizer)
-    stream, text = TextStream(tokenizer, prompt, stop), ""
-    for token in new:
-        text += stream.push(token)
-        if stream.stopped:
-            break
-    return {"text": (text + stream.flush()).rstrip("\ufffd")}
+    texts = []
+    for end in range(1, len(new) + 1):
+        stream, text = TextStream(tokenizer, prompt, stop), ""
+        for token in new[:end]:
+            text += "" if stream.stopped else stream.push(token)
+        texts.append((text + stream.flush()).rstrip("\ufffd"))
+    return {"texts": texts}
 
 
 def stream_theirs(folder: Path, mine: Facts) -> Facts:
-    """The whole text at once, cut before the first stop string; half a character may be missing at its end."""
+    """All tokens decoded at once, cut before the first stop string; half a character may be missing at the end."""
     tokenizer = load_tokenizer(folder)
     prompt, new, stop = read_ids(folder, tokenizer)
-    text = ""
-    for end in range(len(new) + 1):
-        text = tokenizer.decode(prompt + new[:end])[len(tokenizer.decode(prompt)) :]
+    before, texts, stopped = len(tokenizer.decode(prompt)), [], False
+    for end in range(1, len(new) + 1):
+        text = texts[-1] if stopped else tokenizer.decode(prompt + new[:end])[before:]
         cuts = [text.index(string) for string in stop if string in text]
-        if cuts and not text.endswith("\ufffd"):
-            return {"text": text[: min(cuts)].rstrip("\ufffd")}
-    return {"text": text.rstrip("\ufffd")}
+        if cuts and not stopped:
+            text, stopped = text[: min(cuts)], True
+        texts.append(text.rstrip("\ufffd"))
+    return {"texts": texts}
 
 
 TARGETS = {
