@@ -203,7 +203,7 @@ def answer(target: Target, folder: Path, watch: Watch, say: Any) -> dict[str, An
     except Exception as error:
         if refusal is not None:
             return {"outcome": "refused", "place": str(refusal)}
-        said = " ".join(ascii(str(error))[1:60].split())
+        said = " ".join(ascii(str(error).replace(str(folder), ""))[1:60].split())
         return {"outcome": "accepts", "place": f"{type(error).__name__}: {said}"}
     if refusal is not None:
         return {"outcome": "stricter", "place": str(refusal)}
@@ -235,6 +235,8 @@ def seeds_of(target: Target, folder: Path) -> list[Path]:
     os.chdir(made)
     for number, _ in enumerate(target.seeds(made)):
         found.append(Path(shutil.copytree(made, folder / str(number))))
+    with contextlib.suppress(Exception):  # once without a watch: libraries import much of themselves when first asked
+        target.theirs(made, target.ours(made))
     os.chdir(before)
     return found
 

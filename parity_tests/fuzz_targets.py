@@ -413,7 +413,7 @@ def state_ours(folder: Path) -> Facts:
         "position": state.position,
         "training_text": state.text,
     }
-    best = None if math.isinf(state.best) else state.best
+    best = None if state.best == math.inf else state.best
     return counts | {"best_validation_loss": best, "config": plain(to_dict(state.config)), "slots": slots}
 
 
