@@ -198,7 +198,7 @@ def answer(target: Target, folder: Path, watch: Watch, say: Any) -> dict[str, An
     say("theirs")
     try:
         theirs = target.theirs(folder, ours)
-    except NoOpinionError:
+    except (NoOpinionError, RecursionError, MemoryError):
         return {"outcome": "refused" if refusal else "unknown", "place": str(refusal)}
     except Exception as error:
         if refusal is not None:

@@ -91,7 +91,8 @@ def config_seeds(folder: Path) -> Iterator[None]:
         yield
     changed(folder / "config.json", model_type="qwen3", architectures=["Qwen3ForCausalLM"], rope_scaling=None)
     yield
-    transformers.Qwen3Config(num_hidden_layers=2, hidden_size=16, num_attention_heads=4).save_pretrained(folder)
+    small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.Qwen3Config(**small).save_pretrained(folder)
     yield
 
 
@@ -115,21 +116,29 @@ def config_ours(folder: Path) -> Facts:
     }
 
 
+def their_model(folder: Path, layers: int) -> Any:
+    """transformers' configuration of a folder, of which it could build the model."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if 0 < layers <= 4:
+        with torch.device("meta"):
+            transformers.AutoModelForCausalLM.from_config(config)
+    return config
+
+
 def config_theirs(folder: Path, mine: Facts) -> Facts:
+    """transformers' reading; where it stumbles over a field that decides nothing, its reading without those fields."""
     layers = mine.get("num_hidden_layers", 0)
-    if layers > 1000:
-        raise NoOpinionError  # their configuration lists its layers
+    sizes = [size for name, size in mine.items() if name.endswith(("_size", "_heads", "_dim"))]
+    if layers > 1000 or max(sizes, default=0) > 10**8:
+        raise NoOpinionError  # their configuration lists its layers; the files' shapes will refuse such sizes
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except Exception:  # of a field without which it means the same?
+        config = their_model(folder, layers)
+    except Exception:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "less").mkdir()
         less = {name: value for name, value in values.items() if name not in DECIDES_NOTHING}
         (folder / "less/config.json").write_text(json.dumps(less), encoding="utf-8")
-        config = transformers.AutoConfig.from_pretrained(folder / "less")
-    if 0 < layers <= 4:
-        with torch.device("meta"):
-            transformers.AutoModelForCausalLM.from_config(config)
+        config = their_model(folder / "less", layers)
     bidirectional = getattr(config, "use_bidirectional_attention", False)
     shared = {name: getattr(config, name) for name in mine if hasattr(config, name) and name != "rope_theta"}
     kinds = (getattr(config, "layer_types", None) if config.model_type == "qwen3" else None) or [
@@ -142,7 +151,7 @@ def config_theirs(folder: Path, mine: Facts) -> Facts:
         "rope_type": config.rope_parameters["rope_type"],
         "activation": "silu" if config.hidden_act == "swish" else config.hidden_act,
         "causal": getattr(config, "is_causal", True) is not False and not bidirectional,
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "mlp_bias": config.model_type == "llama" and bool(config.mlp_bias),
     }
 
 
@@ -687,7 +696,13 @@ TARGETS = {
             0.3,
         ),
         Target("tensors", tensors_seeds, ("x.safetensors",), tensors_ours, tensors_theirs),
-        Target("folder", folder_seeds, ("model/*.json", "model/*.safetensors"), folder_ours, folder_theirs),
+        Target(
+            "folder",
+            folder_seeds,
+            ("model/config.json", "model/*.index.json", "model/*.safetensors"),
+            folder_ours,
+            folder_theirs,
+        ),
         Target("state", state_seeds, ("last/run.json", "last/optimizer.safetensors"), state_ours, state_theirs),
         Target("log", log_seeds, ("metrics.jsonl",), log_ours, log_theirs),
         Target("plot", plot_seeds, ("metrics.jsonl", "run.json"), plot_ours, lambda folder, mine: {}, 0.03),
