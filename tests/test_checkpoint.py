@@ -268,9 +268,12 @@ def test_an_index_is_not_taken_on_trust(case, tmp_path):
 
 def test_a_billion_layers_are_refused_before_names_are_made(tmp_path):
     save_folder(tmp_path / "folder", MODEL, init_params(MODEL, seed=0))
-    values = json.loads((tmp_path / "folder" / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    values = json.loads((tmp_path / "folder" / "config.json").read_text()) | {"num_hidden_layers": 10_000}
     (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="too few for num_hidden_layers=1,000,000,000"):
+    with pytest.raises(UserError, match="too few for num_hidden_layers=10,000"):
+        load_folder(tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 10**9}))
+    with pytest.raises(UserError, match="num_hidden_layers=1000000000 must be at most"):
         load_folder(tmp_path / "folder")
     with pytest.raises(UserError, match="too few for num_hidden_layers=1,000,000,000"):
         check_weights({}, dataclasses.replace(MODEL, num_hidden_layers=10**9))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config import RunConfig, UserError
-from tests.test_loop import Killed, assert_same_runs, config, elsewhere, no_picture, resumed, train  # noqa: F401
+from tests.test_loop import Killed, assert_same_runs, config, elsewhere, kill_at, no_picture, resumed, train  # noqa: F401
 
 MOVES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree", "shutil.move", "os.truncate"}
 
@@ -96,17 +96,11 @@ def test_a_run_that_dies_at_any_file_operation_is_resumed_bit_for_bit(rhythm, tm
 
 
 def test_a_resumed_run_may_die_too(rhythm, tmp_path):
-    """Killed after its second save, and again at every third operation of going on."""
+    """Killed an update after its first save, and again at every third operation of going on."""
     train(elsewhere(rhythm, tmp_path))
     run, kept = Path(rhythm.out), tmp_path / "kept"
-    REAPER.watch(run)
-    train(rhythm)
-    half = REAPER.seen * 2 // 3
-    shutil.rmtree(run)
-    REAPER.watch(run, half)
     with pytest.raises(Killed):
-        train(rhythm)
-    REAPER.watch(None)
+        train(rhythm, kill_at(rhythm.save_every + 1))
     shutil.copytree(run, kept)
     moment, finished = 0, False
     while not finished:
