@@ -67,6 +67,12 @@ def test_no_int_is_negative(part, name):
         part(**{name: -1})
 
 
+@pytest.mark.parametrize(("part", "name"), INTS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_no_int_is_larger_than_any_array(part, name):
+    with pytest.raises(UserError, match=rf"{name}=100000000000000000000 must .*\bchoose\b"):
+        part(**{name: 10**20})
+
+
 ZERO_IS_FINE = {"max_window_layers", "profile_steps", "sample_tokens", "seed"}
 
 
@@ -95,6 +101,10 @@ def test_zero_counts_only_where_it_means_something(part, name):
         (DataConfig, {"max_documents": 0}, "max_documents=0"),
         (DataConfig, {"max_characters": -3}, "max_characters=-3"),
         (DataConfig, {"max_tokens": 0}, "max_tokens=0"),
+        (DataConfig, {"validation_fraction": 0.0}, "validation_fraction=0.0 must lie above 0 .*choose e.g. 0.05"),
+        (DataConfig, {"validation_fraction": 1.0}, "validation_fraction=1.0 must lie above 0 and below 1"),
+        (DataConfig, {"max_documents": 10**20}, "max_documents=1000.* below 2147483648"),
+        (DataConfig, {"corpus": " "}, "names nothing; choose e.g. 'shakespeare'"),
         (PrecisionConfig, {"params": "float64"}, "set both or neither"),
         (RunConfig, {"seed": 2**32}, "seed=4294967296"),
         (RunConfig, {"sequence_length": 1025}, "lower the one or raise the other"),
