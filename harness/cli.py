@@ -11,8 +11,10 @@ import errno
 import importlib.metadata
 import inspect
 import io
+import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -144,6 +146,8 @@ def version() -> str:
 def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit code; a user's mistake, or what the machine refuses, becomes one line on stderr,
     a bug keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character shows a question mark.
     try:
         code = main() or 0
         if sys.stdout is not None:
@@ -213,6 +217,17 @@ def one_line(message: str) -> str:
     return short(" ".join(message.split()), LONGEST_LINE)
 
 
+def last_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value that `flag` has on the command line, the last one if it stands there twice."""
+    value = None
+    for index, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+        elif argument == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+    return value
+
+
 def leaves(kind: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field name, type, default or MISSING) of every field that is not itself a dataclass."""
     hints = get_type_hints(kind, include_extras=True)
@@ -278,6 +293,9 @@ def _one_line(box: str, argv: Sequence[str], known: Mapping[str, tuple[Any, Any]
             hint, value = get_args(get_args(hint)[0])[0], ""  # one element each time it stands there
         flag = "--" + name.replace("_", "-")
         example = "" if value in (None, "", (), dataclasses.MISSING) else f", e.g. {flag} {value}"
+        dashed = next((word for word in _after(argv, flag) if word.startswith("-")), "")
+        if box.startswith("Missing argument") and dashed and names.get(dashed, "") not in known:
+            return f"{flag} needs a value, and {dashed!r} looks like a flag; write {flag}={shlex.quote(dashed)}."
         if box.startswith("Missing argument"):
             return f"{flag} needs a value: {expected(hint)}{example}."
         text = next((text for given, text in _pairs(argv) if names[given] == name), "")
@@ -296,6 +314,11 @@ def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         if word.startswith("--"):
             flag, has_value, text = word.partition("=")
             yield flag, text if has_value else following
+
+
+def _after(argv: Sequence[str], flag: str) -> Iterator[str]:
+    """The words that stand behind a flag."""
+    return (word for given, word in itertools.pairwise(argv) if given.replace("_", "-") == flag)
 
 
 def _nearest_flags(name: str, known: Mapping[str, Any]) -> str:

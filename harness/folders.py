@@ -9,9 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from harness.generation_config import with_stop
 from harness.hf_config import from_hf_config, to_hf_config
 from harness.tensors import (
     CODES,
@@ -171,13 +173,20 @@ def set_aside(folder: Path) -> Path:
 def write_weights_folder(
     folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer, dtype: Dtype
 ) -> None:
-    """The files of a weights folder, in a folder that exists."""
+    """The files of a weights folder, in a folder that exists, with all that came beside the tokenizer.
+
+    How its makers sample stays as it was, and the token that ended the training documents ends texts, too.
+    """
     eos_id = None if tokenizer is None else tokenizer.eos_id
-    write_json(folder / "config.json", to_hf_config(config, eos_id, dtype))
-    write_json(folder / "generation_config.json", {"do_sample": True, "eos_token_id": eos_id})
+    bos_id = None if tokenizer is None else tokenizer.bos_id
+    write_json(folder / "config.json", to_hf_config(config, eos_id, dtype) | {"bos_token_id": bos_id})
     write_weights(folder, weights, dtype)
+    sampling: dict[str, Any] = {"do_sample": True, "eos_token_id": None}
     if tokenizer is not None:
         tokenizer.save(folder)
+        theirs = folder / "generation_config.json"
+        sampling = with_stop(read_json(theirs) if theirs.is_file() else sampling, tokenizer.eos_id)
+    write_json(folder / "generation_config.json", sampling)
 
 
 def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype) -> None:

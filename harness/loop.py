@@ -440,7 +440,7 @@ def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path
         return []
     texts = []
     for index, prompt in enumerate(config.prompts):
-        tokens = dataset.tokenizer.encode(prompt)
+        tokens = dataset.tokenizer.encode_prompt(prompt)
         limit = config.model.max_position_embeddings - len(tokens)
         options = SamplingOptions(max_new_tokens=min(config.sample_tokens, limit), seed=config.seed + index, top_k=50)
         options = dataclasses.replace(options, stop_ids=(dataset.tokenizer.eos_id,))

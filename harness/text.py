@@ -9,7 +9,10 @@ from recipe.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns the new tokens of a row into text: whole characters alone, and nothing from a stop string on."""
+    """Turns the new tokens of a row into text: whole characters alone until the end, and nothing from a stop string on.
+
+    All pieces and `flush` together are the text that the tokenizer decodes, cut before the first stop string.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -20,28 +23,43 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that this token makes certain, perhaps none."""
         self.tokens.append(token)
-        before = self.tokenizer.decode(self.tokens[self.begin : self.shown])
-        text = self.tokenizer.decode(self.tokens[self.begin :])
-        # A character may span several tokens: wait until it is whole.
-        if text.endswith("\ufffd"):
+        text, whole = self._new()
+        if not whole:
             return ""
         self.begin, self.shown = self.shown, len(self.tokens)
-        self.held += text[len(before) :]
-        cuts = [self.held.index(string) for string in self.stop if string in self.held]
-        if cuts:
-            self.held, self.stopped = self.held[: min(cuts)], True
-            return self.flush()
+        self._hold(text)
         # What may be the beginning of a stop string waits for the next token.
         waiting = max(
             (n for string in self.stop for n in range(1, len(string)) if self.held.endswith(string[:n])), default=0
         )
-        certain, self.held = self.held[: len(self.held) - waiting], self.held[len(self.held) - waiting :]
-        return certain
+        certain = len(self.held) - (0 if self.stopped else waiting)
+        piece, self.held = self.held[:certain], self.held[certain:]
+        return piece
 
     def flush(self) -> str:
-        """The text that was held back, now that no more tokens come."""
-        held, self.held = self.held, ""
+        """The text that was held back, now that no more tokens come; half a character is U+FFFD, as when decoded."""
+        if not self.stopped:
+            self._hold(self._new()[0])
+        held, self.held, self.shown = self.held, "", len(self.tokens)
         return held
+
+    def _new(self) -> tuple[str, bool]:
+        """Text of the tokens that are not shown yet, and whether it ends with a whole character: one may span several
+        tokens."""
+        before = self.tokenizer.decode(self.tokens[self.begin : self.shown])
+        text = self.tokenizer.decode(self.tokens[self.begin :])
+        # A prompt of tokens may end inside a character, which new tokens make whole.
+        shared = len(before)
+        if before.endswith("\ufffd"):
+            shared = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), shared)
+        return text[shared:], not text.endswith("\ufffd")
+
+    def _hold(self, text: str) -> None:
+        """Add to the text held back, and cut it before the first stop string."""
+        self.held += text
+        cuts = [self.held.index(string) for string in self.stop if string in self.held]
+        if cuts:
+            self.held, self.stopped = self.held[: min(cuts)], True
 
 
 def text_pieces(

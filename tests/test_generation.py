@@ -142,3 +142,40 @@ def test_tokens_alone_refuse_stop_strings():
 def test_bad_options_are_refused(field, value):
     with pytest.raises(ValueError, match=field if field != "stop" else "stop string is empty"):
         dataclasses.replace(SamplingOptions(), **{field: value})
+
+
+RANDOM = np.random.default_rng(0)
+WORDS = train_bpe(["the quick brown fox é ü 你好 \U0001f98a ทดสอบ"] * 5, 330)
+SEQUENCES = [RANDOM.integers(0, WORDS.vocab_size, RANDOM.integers(1, 40)).tolist() for _ in range(300)]
+"""Random tokens, half of which end inside a character or hold bytes that are none."""
+
+
+def test_pieces_and_what_was_held_back_are_the_text_that_is_decoded():
+    cut = 0
+    for tokens in SEQUENCES:
+        stream = TextStream(WORDS, [])
+        assert "".join(map(stream.push, tokens)) + stream.flush() + stream.flush() == WORDS.decode(tokens)
+        cut += WORDS.decode(tokens).endswith("\ufffd")
+    assert cut > 50, "these are what flush is about"
+
+
+def test_a_prompt_of_tokens_may_end_inside_a_character():
+    for tokens, split in zip(SEQUENCES, RANDOM.integers(0, 40, len(SEQUENCES)), strict=True):
+        stream = TextStream(WORDS, tokens[:split])
+        new = "".join(map(stream.push, tokens[split:])) + stream.flush()
+        before, whole = WORDS.decode(tokens[:split]), WORDS.decode(tokens)
+        same = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        assert new == whole[same:]
+
+
+def test_a_stop_string_is_found_wherever_it_stands():
+    for tokens, place in zip(SEQUENCES, RANDOM.random(len(SEQUENCES)), strict=True):
+        text = WORDS.decode(tokens)
+        begin = int(place * len(text))
+        stop = text[begin : begin + 2]
+        stream, shown = TextStream(WORDS, [], (stop,) if stop else ()), ""
+        for token in tokens:
+            shown += stream.push(token)
+            if stream.stopped:
+                break
+        assert shown + stream.flush() == (text[: text.index(stop)] if stop else text)

@@ -1,11 +1,14 @@
 """The web page in a real browser: the text and the talk of the command line, and refusals in one line."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -180,6 +183,58 @@ def test_the_page_refuses_in_one_line(checkpoint):
         port = taken.getsockname()[1]
         done = generate("jax_impl.generate", checkpoint, "--web", "True", "--port", str(port))
     assert done.returncode == 2 and f"--port {port} is taken" in done.stderr, done.stderr
+
+
+def ask(url, path, method="GET", body=b"", headers=()):
+    """Status and body of a request, its headers as they are given."""
+    connection = HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=120)
+    with closing(connection):
+        connection.putrequest(method, path, skip_host="Host" in dict(headers))
+        sent = {} if method == "GET" else {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in (sent | dict(headers)).items():
+            connection.putheader(name, value)
+        connection.endheaders(body or None)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def test_the_page_answers_its_own_names_and_takes_its_own_requests(checkpoint):
+    with served("torch_ref.generate", checkpoint) as url:
+        port = url.rstrip("/").rpartition(":")[2]
+        page = ask(url, "/")
+        assert page[0] == 200 and b"At most " in page[1]
+        assert ask(url, "/", headers={"Host": f"LOCALHOST:{port}"})[0] == 200
+        others = (
+            "evil.example",
+            f"evil.example:{port}",
+            f"127.0.0.1.evil.example:{port}",
+            "127.0.0.1",
+            f"[::1]:{port}",
+        )
+        for host in (*others, ""):
+            assert ask(url, "/config", headers={"Host": host})[0] == 421, host
+
+        uploads = ("upload", "upload/", "upload?upload_id=1", "process_recording", "stream/x", "component_server")
+        for path in (*uploads, "x"):
+            assert ask(url, f"/gradio_api/{path}", "POST", b"x" * 1000)[0] == 403, path
+        for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
+            assert ask(url, "/gradio_api/queue/join", method, b"{}")[0] == 403, method
+        assert ask(url, "/gradio_api/queue/join", "POST", b"{}", headers={"Content-Length": str(10**12)})[0] == 413
+
+        config = json.loads(ask(url, "/config")[1])
+        index = next(called["id"] for called in config["dependencies"] if called["api_name"] == "continue_prompt")
+        values = ["x" * 2_000_000, 3, 0, 0, 1, 0, 1, 0]
+        asked = json.dumps({"data": values, "fn_index": index, "session_hash": "long"}).encode()
+        begun = time.monotonic()
+        assert ask(url, "/gradio_api/queue/join", "POST", asked)[0] == 200
+        said = ask(url, "/gradio_api/queue/data?session_hash=long")[1].decode()
+        assert "2,000,000 characters are more than" in said and time.monotonic() - begun < 60
+
+        for body in (b"[]", b"{", b"null", b'{"data": 5}', b'{"data": ["x"], "fn_index": 99, "session_hash": "y"}'):
+            assert 400 <= ask(url, "/gradio_api/queue/join", "POST", body)[0] < 500, body
+        asked = json.dumps({"data": ["the", *values[1:]], "fn_index": index, "session_hash": "short"}).encode()
+        assert ask(url, "/gradio_api/queue/join", "POST", asked)[0] == 200
+        assert "process_generating" in ask(url, "/gradio_api/queue/data?session_hash=short")[1].decode(), "it lives on"
 
 
 def test_without_gradio_the_page_names_its_extra(checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from harness import cli
+from harness import cli, generation_config
 from harness.folders import find_weights, load_folder, replacing, write_json, write_weights
 from harness.hf_config import unused
 from harness.state import load_state, read_run
@@ -55,7 +55,8 @@ def inspect(folder: Path) -> list[str]:
         f"weights    {_summary(weights)}, {', '.join(sorted(dtypes))}, {weights.nbytes:,} bytes, {len(files)} file(s)",
     ]
     if idle := unused(read_json(folder / "config.json")):
-        lines.append(f"not used   {some(idle)}")
+        lines.append(f"not used   of config.json: {some(idle)}")
+    lines += [f"not used   {note}" for note in generation_config.notes(folder)]
     if (folder / "run.json").is_file():
         state, (values, _) = load_state(folder), read_run(folder)
         counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"

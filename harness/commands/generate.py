@@ -1,6 +1,10 @@
-"""`python -m jax_impl.generate` and `python -m torch_ref.generate`: their flags, and what they print."""
+"""`python -m jax_impl.generate` and `python -m torch_ref.generate`: their flags, and what they print.
+
+A folder's generation_config.json gives the defaults of the flags.
+"""
 
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from harness import cli, web
+from harness import cli, generation_config, web
 from harness.chat import ChatTemplate
 from harness.folders import find_weights, load_folder
 from harness.text import text_pieces
@@ -26,7 +30,7 @@ class GenerateCommand(SamplingOptions):
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, may be repeated; without it you are asked for one after another."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """String that ends the text, which is cut before it; may be repeated."""
+    """String that ends the text, which is cut before it; may be repeated. bash writes a line break as $'\\n'."""
     stop_ids: tyro.conf.Suppress[tuple[int, ...]] = ()
     """No flag: the tokenizer says which token ends a text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,28 +55,41 @@ def run_command(module: str, make_generator: Callable[..., Generator]) -> int:
     `make_generator(config, precision, weights)` returns a framework's `Generator`.
     """
 
-    def main() -> None:
+    def main() -> int:
+        argv = sys.argv[1:]
+        default, source = None, ""
+        if named := cli.last_value(argv, "--checkpoint"):
+            chosen = generation_config.defaults(find_weights(named))
+            default = GenerateCommand(checkpoint=named, **chosen)
+            source = f" The defaults below are those of {named}." if chosen else ""
         command = cli.parse(
-            GenerateCommand, sys.argv[1:], prog=f"python -m {module}", description="Generate text from a checkpoint."
+            GenerateCommand,
+            argv,
+            default=default,
+            prog=f"python -m {module}",
+            description=f"Generate text from a checkpoint.{source}",
         )
-        generate_text(command, make_generator)
+        return generate_text(command, make_generator)
 
     return cli.run(main)
 
 
-def generate_text(command: GenerateCommand, make_generator: Callable[..., Generator]) -> None:
-    """Print the continuations of the prompts, or of each prompt typed in, or answer turn by turn."""
+def generate_text(command: GenerateCommand, make_generator: Callable[..., Generator]) -> int:
+    """Print the continuations of the prompts, or of each prompt typed in, or answer turn by turn.
+
+    Returns the exit code: 2 if a line that was piped in had to be refused, after all others.
+    """
     folder = find_weights(command.checkpoint)
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate(folder) if command.chat else None
     config, weights = load_folder(folder)
     require(
         tokenizer.vocab_size <= config.vocab_size,
-        f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size} rows; "
+        f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {config.vocab_size}; "
         "use the tokenizer.json the weights came with.",
     )
     sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
-    options = SamplingOptions(**sampling | {"stop_ids": (tokenizer.eos_id,)})
+    options = SamplingOptions(**sampling | {"stop_ids": generation_config.stop_ids(folder, tokenizer)})
     require(
         template is None or (options.samples == 1 and not command.prompt),
         "--chat has one answer to each line typed in; leave out --samples and --prompt.",
@@ -85,11 +102,11 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
         )
         render = template.render if template else None
         web.serve(generate, tokenizer, options, render=render, title=command.checkpoint, port=command.port)
-        return
+        return 0
     messages: list[dict[str, str]] = []
 
     def continue_texts(prompts: Sequence[str]) -> None:
-        tokens = [tokenizer.encode(prompt) for prompt in prompts]
+        tokens = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         make_batch(config, tokens, options)  # A prompt that does not fit must fail before anything is printed.
         texts = [prompt for prompt in prompts for _ in range(options.samples)]
         if len(texts) == 1:
@@ -112,17 +129,22 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
 
     if command.prompt and not command.interactive:
         continue_texts(command.prompt)
-        return
+        return 0
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # Bytes of another encoding are refused with the prompt.
+    refused = False
     while line := _ask("prompt" if template is None else "you"):
         try:
             continue_texts([line]) if template is None else answer(line)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            refused = True
+            print(f"error: {cli.one_line(str(error))}", file=sys.stderr)
+    return 2 if refused and not sys.stdin.isatty() else 0
 
 
 def _ask(what: str) -> str:
-    """The next line typed, or piped in; empty at the end."""
+    """The next line typed, or piped in, perhaps with Windows' line ends; empty at the end."""
     try:
-        return input(f"{what} (empty line ends) > " if sys.stdin.isatty() else "")
+        return input(f"{what} (empty line ends) > " if sys.stdin.isatty() else "").removesuffix("\r")
     except EOFError:
         return ""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.cli import leaves, parse, run
+from harness.cli import last_value, leaves, parse, run
 from harness.folders import load_config
 from harness.state import find_state, read_run
 from recipe.config import RunConfig, UserError, require
@@ -34,11 +34,11 @@ def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> 
     `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
     line for any mistake, and touches nothing.
     """
-    resumed, init = _last_value(argv, "--resume"), _last_value(argv, "--init")
+    resumed, init = last_value(argv, "--resume"), last_value(argv, "--init")
     if resumed:
         default, source = _resumed_config(resumed), f"of the run in {resumed}"
     else:
-        default = get_preset(_last_value(argv, "--preset") or "tiny")
+        default = get_preset(last_value(argv, "--preset") or "tiny")
         source = f"those of --preset {default.preset}"
         if init:
             default, source = _fine_tuning_config(default, init), f"{source} and of the weights in {init}"
@@ -113,14 +113,3 @@ def _first_free(folder: Path) -> Path:
 
 def _is_taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-def _last_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value that `flag` has on the command line, the last one if it stands there twice."""
-    value = None
-    for index, argument in enumerate(argv):
-        if argument.startswith(flag + "="):
-            value = argument.partition("=")[2]
-        elif argument == flag and index + 1 < len(argv):
-            value = argv[index + 1]
-    return value
