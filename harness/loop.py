@@ -238,7 +238,7 @@ def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
     for prompt in config.prompts if config.sample_tokens else ():
         shown = short(repr(prompt))
         require(prompt.isascii() or _encodable(prompt), f"--prompts {shown} is not Unicode text; pass another.")
-        tokens = len(tokenizer.encode(prompt))
+        tokens = len(tokenizer.encode_prompt(prompt))
         require(tokens > 0, f"--prompts {shown} has no tokens; pass a text, or --sample_tokens 0 for no samples.")
         require(
             tokens < limit,
