@@ -3,18 +3,21 @@ precision, durability, input, the judge. Run with the others by `python -m parit
 
 from parity_tests.mutant import Edit, Mutant
 
-MODELS = "parity_tests/test_model.py parity_tests/test_properties.py parity_tests/test_transformers.py"
-PARTS = "parity_tests/test_parts.py"
-TRAINING = "parity_tests/test_training.py parity_tests/test_hybrid.py"
-MUON = "parity_tests/test_muon.py parity_tests/test_hybrid.py"
-NS = "parity_tests/test_newton_schulz.py"
-GENERATION = "parity_tests/test_generation.py tests/test_generation.py"
-CONFIG = "tests/test_config.py tests/test_checkpoint.py"
-DATA = "tests/test_data.py"
-LOOP = "tests/test_loop.py tests/test_runlog.py"
-STATE = "tests/test_state.py tests/test_tensors.py parity_tests/test_state.py"
-JUDGE = "parity_tests/test_tolerances.py parity_tests/test_report.py parity_tests/test_montecarlo.py"
-PRODUCTS = "parity_tests/test_products.py parity_tests/test_parts.py"
+UPDATE = "parity_tests/test_one_update.py"
+ONE = f"{UPDATE}::test_whole_updates_equal_the_third_opinion[torch-no-default]"
+SWITCHED = f"{UPDATE}::test_whole_updates_equal_the_third_opinion[torch-switches]"
+FINITE = f"{UPDATE}::test_an_infinite_gradient_of_a_finite_loss_changes_nothing_but_the_count"
+SKIPPED = f"{UPDATE}::test_after_a_skipped_update_masks_go_on_and_schedule_and_moments_stay[torch]"
+BLOCKS = f"{UPDATE}::test_masks_of_two_blocks_of_queries"
+EVALUATED = f"{UPDATE}::test_an_evaluation_is_the_mean_over_tokens"
+HYBRID, NS = "parity_tests/test_hybrid.py", "parity_tests/test_newton_schulz.py"
+GENERATION = "parity_tests/test_generation.py"
+FIELDS = "parity_tests/test_fields.py"
+PRESETS, CAUSES, LOG = "tests/test_presets.py", "tests/test_data_causes.py", "tests/test_log_pinned.py"
+COST, PROMISES, JUDGE = "parity_tests/test_cost.py", "parity_tests/test_promises.py", "parity_tests/test_judge.py"
+MOMENTS, LOOP, STATE = "tests/test_every_moment.py", "tests/test_loop.py", "parity_tests/test_state.py"
+CONFIG = "tests/test_config.py"
+MODELS = "parity_tests/test_model.py"
 
 
 def both(name: str, room: str, old: str, new: str, caught_by: str, torch: tuple[str, str] | None = None) -> Mutant:
@@ -34,16 +37,16 @@ BOTH = (
         "train",
         "random.fold_in(step_key, index)",
         "random.fold_in(step_key, 0)",
-        TRAINING,
+        ONE,
     ),
-    both("dropout's key forgets the seed", "train", "random.key(config.seed)", "random.key(0)", TRAINING),
-    both("a skipped batch's masks come again", "train", "state.step + state.skipped)", "state.step)", TRAINING),
+    both("dropout's key forgets the seed", "train", "random.key(config.seed)", "random.key(0)", ONE),
+    both("a skipped batch's masks come again", "train", "state.step + state.skipped)", "state.step)", SKIPPED),
     both(
         "AdamW's rate has no schedule",
         "muon",
         "lambda count: adamw_config.learning_rate * schedule(count)",
         "lambda count: adamw_config.learning_rate",
-        TRAINING,
+        ONE,
         (
             'group["lr"] = learning_rate * factor',
             'group["lr"] = learning_rate * (factor if optimizer is self.muon else 1.0)',
@@ -54,7 +57,7 @@ BOTH = (
         "train",
         "jnp.isfinite(grad_norm)",
         "jnp.isfinite(mean_loss)",
-        TRAINING,
+        FINITE,
         ("math.isfinite(grad_norm)", "math.isfinite(float(total_loss))"),
     ),
     both(
@@ -62,7 +65,7 @@ BOTH = (
         "train",
         "jax.tree.map(lambda x: x / A, total)",
         "(total[0] / A, total[1])",
-        TRAINING,
+        ONE,
         ("grad.div_(A)", "grad.div_(1)"),
     ),
     both(
@@ -70,7 +73,7 @@ BOTH = (
         "muon",
         "jnp.minimum(1.0, max_norm / (norm + 1e-6))",
         "jnp.minimum(1.0, max_norm / norm)",
-        MUON + " " + TRAINING,
+        ONE,
         ("torch.clamp(max_norm / (norm + 1e-6)", "torch.clamp(max_norm / norm"),
     ),
     both(
@@ -78,7 +81,7 @@ BOTH = (
         "muon",
         "jax.tree.map(lambda grad: grad * factor, grads), norm",
         "jax.tree.map(lambda grad: grad * factor, grads), norm * factor",
-        TRAINING,
+        ONE,
         ("        grad.mul_(factor)\n    return norm", "        grad.mul_(factor)\n    return norm * factor"),
     ),
     both(
@@ -86,14 +89,14 @@ BOTH = (
         "train",
         "clip_by_global_norm(grads, config.clip_norm)",
         "clip_by_global_norm(grads, 1.0)",
-        TRAINING,
+        ONE,
     ),
     both(
         "nesterov cannot be switched off",
         "muon",
         "if nesterov else mu",
         "if True else mu",
-        MUON,
+        ONE,
         ('if group["nesterov"] else mu', "if True else mu"),
     ),
     both(
@@ -101,21 +104,21 @@ BOTH = (
         "muon",
         "steps=ns_steps, eps=eps, dtype=ns_dtype)",
         "steps=ns_steps, eps=1e-7, dtype=ns_dtype)",
-        MUON,
+        ONE,
     ),
     both(
         "Muon's steps are a constant",
         "muon",
         "steps=ns_steps, eps=eps, dtype=ns_dtype)",
         "steps=5, eps=eps, dtype=ns_dtype)",
-        MUON,
+        ONE,
     ),
     both(
         "the fan ratio without its root",
         "muon",
         "update_IO.shape[-2]) ** 0.5",
         "update_IO.shape[-2]) ** 1.0",
-        MUON,
+        ONE,
         ("weight_OI.shape[-1]) ** 0.5", "weight_OI.shape[-1]) ** 1.0"),
     ),
     both(
@@ -123,7 +126,7 @@ BOTH = (
         "muon",
         "update_IO.shape[-1] / update_IO.shape[-2]",
         "update_IO.shape[-2] / update_IO.shape[-1]",
-        MUON,
+        ONE,
         ("weight_OI.shape[-2] / weight_OI.shape[-1]", "weight_OI.shape[-1] / weight_OI.shape[-2]"),
     ),
     both(
@@ -131,7 +134,7 @@ BOTH = (
         "muon",
         "weight_decay=muon_config.weight_decay or None",
         "weight_decay=None",
-        MUON + " " + TRAINING,
+        ONE,
         ("weight_decay=muon_config.weight_decay,", "weight_decay=0.0,"),
     ),
     both(
@@ -139,7 +142,7 @@ BOTH = (
         "muon",
         "scale_by_adam(adamw_config.beta1, adamw_config.beta2,",
         "scale_by_adam(adamw_config.beta1, adamw_config.beta1,",
-        TRAINING,
+        ONE,
         ("betas=(adamw_config.beta1, adamw_config.beta2)", "betas=(adamw_config.beta1, adamw_config.beta1)"),
     ),
     both(
@@ -147,7 +150,7 @@ BOTH = (
         "muon",
         "adamw_config.beta2, adamw_config.eps)",
         "adamw_config.beta2, 1e-8)",
-        TRAINING,
+        ONE,
         ("eps=adamw_config.eps,", "eps=1e-8,"),
     ),
     both(
@@ -155,69 +158,67 @@ BOTH = (
         "train",
         "jnp.minimum(count, config.steps - 1)",
         "jnp.minimum(count + 1, config.steps - 1)",
-        TRAINING,
+        ONE,
         ("min(count, config.steps - 1)", "min(count + 1, config.steps - 1)"),
     ),
-    both(
-        "the logged rate is AdamW's", "train", "config.muon.learning_rate *", "config.adamw.learning_rate *", TRAINING
-    ),
+    both("the logged rate is AdamW's", "train", "config.muon.learning_rate *", "config.adamw.learning_rate *", ONE),
     both(
         "no dropout at the embedding",
         "model",
         "dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)",
         "dropout(self.embed_tokens(tokens_BT, self.dtype), 0.0, dropout_key, outside, random.EMBEDDING)",
-        MODELS,
+        ONE,
     ),
-    both("the head's mask is the embedding's", "model", "outside, random.HEAD)", "outside, random.EMBEDDING)", MODELS),
+    both("the head's mask is the embedding's", "model", "outside, random.HEAD)", "outside, random.EMBEDDING)", ONE),
     both(
         "both residual branches share a mask",
         "model",
         "self.layer, random.FFN_RESIDUAL",
         "self.layer, random.ATTENTION_RESIDUAL",
-        MODELS,
+        ONE,
     ),
-    both("all layers share the hidden mask", "model", "self.layer, random.FFN_HIDDEN", "0, random.FFN_HIDDEN", MODELS),
+    both("all layers share the hidden mask", "model", "self.layer, random.FFN_HIDDEN", "0, random.FFN_HIDDEN", ONE),
     both(
         "all layers share attention's mask",
         "model",
         "random.fold_in(dropout_key, self.layer, random",
         "random.fold_in(dropout_key, 0, random",
-        MODELS,
+        ONE,
     ),
     both(
         "all blocks of queries share a mask",
         "attention",
         "random.fold_in(key, block)",
         "random.fold_in(key, 0)",
-        MODELS,
+        BLOCKS,
     ),
     both(
         "the window sees one key more",
         "attention",
         "(s <= t) & (s > t - window)",
         "(s <= t) & (s >= t - window)",
-        MODELS,
+        ONE,
     ),
     both(
         "RoPE's frequencies end one pair early",
         "model",
         "dtype=np.float64) / config.head_dim)",
         "dtype=np.float64) / (config.head_dim - 2))",
-        MODELS,
+        ONE,
     ),
     both(
         "all samples of a prompt are the same",
         "generate",
         "random.key(options.seed, sample)",
         "random.key(options.seed)",
-        GENERATION,
+        f"{FIELDS}::test_the_tokens_chosen_depend_on[samples-torch]",
     ),
     both(
         "the seed of sampling is ignored",
         "generate",
         "random.key(options.seed, sample)",
         "random.key(0, sample)",
-        GENERATION,
+        f"{FIELDS}::test_the_tokens_chosen_depend_on[seed-torch]",
     ),
     both(
         "new tokens are not seen by the penalty",
@@ -251,7 +252,7 @@ SHARED = (
         "recipe.schedule",
         "steps - 1 - warmup",
         "steps - warmup",
-        CONFIG,
+        ONE,
     ),
     slip(
         "shared facts",
@@ -259,7 +260,7 @@ SHARED = (
         "recipe.schedule",
         "round(config.warmup_fraction * steps)",
         "int(config.warmup_fraction * steps)",
-        CONFIG,
+        ONE,
     ),
     slip(
         "shared facts",
@@ -267,7 +268,7 @@ SHARED = (
         "recipe.schedule",
         "cosine = config.final_factor +",
         "cosine = 0.1 +",
-        CONFIG,
+        ONE,
     ),
     slip(
         "shared facts",
@@ -275,7 +276,7 @@ SHARED = (
         "recipe.params",
         'role in ("embedding", "head")',
         'role in ("embedding",)',
-        MUON,
+        HYBRID,
     ),
     slip(
         "shared facts",
@@ -283,7 +284,7 @@ SHARED = (
         "recipe.params",
         'role in ("embedding", "head")',
         'role in ("embedding", "head", "bias")',
-        MUON,
+        SWITCHED,
     ),
     slip(
         "shared facts",
@@ -291,7 +292,7 @@ SHARED = (
         "recipe.params",
         "np.float32(config.initializer_range)",
         "np.float32(0.02)",
-        CONFIG,
+        f"{FIELDS}::test_the_initial_weights_read_their_deviation_and_the_seed",
     ),
     slip(
         "shared facts",
@@ -299,7 +300,7 @@ SHARED = (
         "recipe.params",
         "key=[seed, zlib",
         "key=[0, zlib",
-        CONFIG,
+        f"{FIELDS}::test_the_initial_weights_read_their_deviation_and_the_seed",
     ),
     slip(
         "defaults",
@@ -307,16 +308,18 @@ SHARED = (
         "recipe.config",
         "rms_norm_eps: float = 1e-6",
         "rms_norm_eps: float = 1e-5",
-        CONFIG,
+        PRESETS,
     ),
-    slip("defaults", "Muon's default momentum 0.9", "recipe.config", "beta: float = 0.95", "beta: float = 0.9", MUON),
+    slip(
+        "defaults", "Muon's default momentum 0.9", "recipe.config", "beta: float = 0.95", "beta: float = 0.9", PRESETS
+    ),
     slip(
         "defaults",
         "qwen3's positions are Qwen2's",
         "recipe.presets",
         "max_position_embeddings=40_960",
         "max_position_embeddings=32_768",
-        CONFIG,
+        PRESETS,
     ),
     slip(
         "defaults",
@@ -324,16 +327,16 @@ SHARED = (
         "recipe.presets",
         "rope_theta=1_000_000.0",
         "rope_theta=10_000.0",
-        CONFIG,
+        PRESETS,
     ),
-    slip("defaults", "one preset's FFN mistyped", "recipe.presets", "ffn=9728", "ffn=9782", CONFIG),
+    slip("defaults", "one preset's FFN mistyped", "recipe.presets", "ffn=9728", "ffn=9782", PRESETS),
     slip(
         "defaults",
         "qwen3-8b tied",
         "recipe.presets",
         "hidden=4096, ffn=12288, layers=36, heads=32, tied=False",
         "hidden=4096, ffn=12288, layers=36, heads=32, tied=True",
-        CONFIG,
+        PRESETS,
     ),
 )
 
@@ -344,7 +347,7 @@ DATA_SLIPS = (
         "recipe.data",
         "return _generator(self.seed, epoch).permutation(windows)",
         "return _generator(0, epoch).permutation(windows)",
-        DATA,
+        CAUSES,
     ),
     slip(
         "data",
@@ -352,7 +355,7 @@ DATA_SLIPS = (
         "recipe.data",
         "return _generator(self.seed, epoch).permutation(windows)",
         "return _generator(self.seed, 0).permutation(windows)",
-        DATA,
+        CAUSES,
     ),
     slip(
         "data",
@@ -360,7 +363,7 @@ DATA_SLIPS = (
         "recipe.data",
         "np.ascontiguousarray(self.train_tokens).data",
         "np.ascontiguousarray(self.train_tokens[:4096]).data",
-        DATA + " tests/test_loop.py",
+        CAUSES,
     ),
     slip(
         "data",
@@ -368,7 +371,7 @@ DATA_SLIPS = (
         "recipe.data",
         "return np.arange(windows, dtype=np.int64) * sequence_length",
         "return np.arange(max(1, windows - 1), dtype=np.int64) * sequence_length",
-        DATA,
+        CAUSES,
     ),
     slip(
         "data",
@@ -376,7 +379,7 @@ DATA_SLIPS = (
         "recipe.data",
         "count = max(1, min(tokens // (rows * sequence_length), len(starts) // rows))",
         "count = max(1, len(starts) // rows)",
-        DATA,
+        CAUSES,
     ),
     slip(
         "data",
@@ -384,7 +387,7 @@ DATA_SLIPS = (
         "recipe.data",
         "range(0, count * rows, rows)",
         "range(0, max(1, count - 1) * rows, rows)",
-        DATA,
+        CAUSES,
     ),
 )
 
@@ -395,7 +398,7 @@ REPORTING = (
         "harness.loop",
         "loss / math.log(2) / dataset.bytes_per_token",
         "loss / dataset.bytes_per_token",
-        LOOP,
+        LOG,
     ),
     slip(
         "reporting",
@@ -403,7 +406,7 @@ REPORTING = (
         "harness.loop",
         "math.exp(loss) if loss < 700",
         "2.0**loss if loss < 700",
-        LOOP,
+        LOG,
     ),
     slip(
         "reporting",
@@ -411,7 +414,7 @@ REPORTING = (
         "harness.loop",
         "tokens=config.tokens_per_step",
         "tokens=config.batch_size * config.sequence_length",
-        LOOP,
+        LOG,
     ),
     slip(
         "reporting",
@@ -419,10 +422,10 @@ REPORTING = (
         "harness.loop",
         "config.steps * config.tokens_per_step / tokens",
         "config.steps * config.batch_size * config.sequence_length / tokens",
-        LOOP,
+        LOG,
     ),
     slip(
-        "reporting", "the best loss is the last one", "harness.loop", "if loss < best and step > 0", "if step > 0", LOOP
+        "reporting", "the best loss is the last one", "harness.loop", "if loss < best and step > 0", "if step > 0", LOG
     ),
     slip(
         "reporting",
@@ -430,7 +433,7 @@ REPORTING = (
         "harness.runlog",
         '"skipped": int(skipped)}',
         '"skipped": 0}',
-        LOOP,
+        LOG,
     ),
     slip(
         "reporting",
@@ -438,7 +441,7 @@ REPORTING = (
         "jax_impl.train",
         "tokens + targets_BT.size\n        return loss / tokens",
         "tokens + 1\n        return loss / tokens",
-        TRAINING + " parity_tests/test_model.py",
+        EVALUATED,
     ),
 )
 
@@ -449,7 +452,7 @@ COST = (
         "jax_impl.loss",
         "math.ceil(M / machine().tokens_at_once)",
         "1",
-        PARTS + " parity_tests/test_properties.py parity_tests/test_products.py",
+        COST,
     ),
     slip(
         "cost",
@@ -457,16 +460,16 @@ COST = (
         "jax_impl.train",
         "self.eval_step(self.state.params, inputs_BT, targets_BT)",
         "make_evaluate(self.config)(self.state.params, inputs_BT, targets_BT)",
-        TRAINING,
+        COST,
     ),
-    slip("cost", "the train step donates nothing", "jax_impl.train", "donate_argnums=0, ", "", TRAINING),
+    slip("cost", "the train step donates nothing", "jax_impl.train", "donate_argnums=0, ", "", COST),
     slip(
         "cost",
         "metrics are read at every update",
         "harness.loop",
         "due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS",
         "due = True",
-        LOOP,
+        LOG,
     ),
     slip(
         "cost",
@@ -474,7 +477,7 @@ COST = (
         "jax_impl.generate",
         "return (index < count) & ~jnp.all(state.done_B)",
         "return index < count",
-        GENERATION,
+        COST,
     ),
     slip(
         "cost",
@@ -482,7 +485,7 @@ COST = (
         "torch_ref.generate",
         "while len(new) < count and not state.done_B.all():",
         "while len(new) < count:",
-        GENERATION,
+        COST,
     ),
     slip(
         "cost",
@@ -490,16 +493,16 @@ COST = (
         "jax_impl.generate",
         'static_argnames=("graph", "choice"), donate',
         'static_argnames=("graph", "choice", "count"), donate',
-        GENERATION,
+        COST,
     ),
-    slip("cost", "decoding copies its cache", "jax_impl.generate", ', donate_argnames="state")', ")", GENERATION),
+    slip("cost", "decoding copies its cache", "jax_impl.generate", ', donate_argnames="state")', ")", COST),
     slip(
         "cost",
         "remat is a dead flag",
         "jax_impl.model",
         "remat = self.remat and cache is None",
         "remat = False",
-        MODELS,
+        COST,
     ),
     slip(
         "cost",
@@ -507,7 +510,7 @@ COST = (
         "torch_ref.model",
         "remat = self.remat and cache is None",
         "remat = False",
-        MODELS,
+        COST,
     ),
     slip(
         "cost",
@@ -515,7 +518,7 @@ COST = (
         "jax_impl.attention",
         "[0 if window is None else max(0, start - window + 1) for start in starts]",
         "[0 for start in starts]",
-        MODELS,
+        COST,
     ),
     slip(
         "cost",
@@ -523,7 +526,7 @@ COST = (
         "recipe.data",
         "functools.lru_cache(maxsize=2)(self._permute)",
         "self._permute",
-        DATA,
+        CAUSES,
     ),
 )
 
@@ -534,7 +537,7 @@ PRECISION = (
         "jax_impl.model",
         "return (normed * weight.astype(wide.dtype)).astype(x.dtype)",
         "return normed.astype(x.dtype) * weight.astype(x.dtype)",
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -542,7 +545,7 @@ PRECISION = (
         "torch_ref.model",
         "return (normed * weight.to(wide.dtype)).to(x.dtype)",
         "return normed.to(x.dtype) * weight.to(x.dtype)",
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -550,7 +553,7 @@ PRECISION = (
         "jax_impl.model",
         "wide = x.astype(accumulator(x.dtype))\n",
         "wide = x\n",
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -558,7 +561,7 @@ PRECISION = (
         "jax_impl.model",
         "(jnp.asarray(table, accumulator(self.dtype)) for table in tables)",
         "(jnp.asarray(table, self.dtype) for table in tables)",
-        MODELS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -566,7 +569,7 @@ PRECISION = (
         "torch_ref.model",
         "to = dict(dtype=accumulator(self.dtype), device",
         "to = dict(dtype=self.dtype, device",
-        MODELS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -574,7 +577,7 @@ PRECISION = (
         "jax_impl.attention",
         "jax.nn.softmax(scores_XGTS, axis=-1).astype(dtype)",
         "jax.nn.softmax(scores_XGTS.astype(dtype), axis=-1)",
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -582,7 +585,7 @@ PRECISION = (
         "jax_impl.attention",
         'product("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype))',
         'product("xqh,xsh->xqs", q_XQH, k_XSH, dtype)',
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -590,7 +593,7 @@ PRECISION = (
         "jax_impl.model",
         "jax.nn.silu(gate.astype(accumulator(gate.dtype))).astype(gate.dtype) * up",
         "jax.nn.silu(gate) * up",
-        MODELS + " " + PARTS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -598,7 +601,7 @@ PRECISION = (
         "jax_impl.model",
         'product("btd,vd->btv", x_BTD, self.head_VD, accumulator(x_BTD.dtype))',
         'product("btd,vd->btv", x_BTD, self.head_VD, x_BTD.dtype)',
-        MODELS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -606,7 +609,7 @@ PRECISION = (
         "jax_impl.train",
         "jax.tree.map(jnp.zeros_like, state.params))",
         "jax.tree.map(lambda x: jnp.zeros(x.shape, config.precision.compute), state.params))",
-        TRAINING,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -615,7 +618,7 @@ PRECISION = (
         "return (m / correction1) / (jnp.sqrt(v / correction2) + eps)",
         "m, v = (x.astype(jnp.bfloat16).astype(x.dtype) for x in (m, v))\n"
         "            return (m / correction1) / (jnp.sqrt(v / correction2) + eps)",
-        TRAINING + " " + MUON,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -623,7 +626,7 @@ PRECISION = (
         "jax_impl.newton_schulz",
         "return (a * x.astype(wide) + matmul",
         "return ((a * x.astype(wide)).astype(dtype) + matmul",
-        NS,
+        PROMISES,
     ),
     slip(
         "precision",
@@ -631,7 +634,7 @@ PRECISION = (
         "jax_impl.cache",
         'product("bksh,bkgh->bkgs", k_BKSH, q_BKGH, accumulator(dtype))',
         'product("bksh,bkgh->bkgs", k_BKSH, q_BKGH, dtype)',
-        GENERATION,
+        PROMISES,
     ),
 )
 
@@ -642,7 +645,7 @@ DURABILITY = (
         "harness.tensors",
         "        os.fsync(stream.fileno())\n",
         "",
-        STATE,
+        MOMENTS,
     ),
     slip(
         "durability",
@@ -650,7 +653,7 @@ DURABILITY = (
         "harness.state",
         'for folder in (Path(run) / "best", Path(run) / "last"):',
         'for folder in (Path(run) / "last",):',
-        LOOP,
+        MOMENTS,
     ),
     slip(
         "durability",
@@ -660,7 +663,7 @@ DURABILITY = (
         "            if saving or failing:\n                save()  # After",
         "            if saving or failing:\n                save()\n"
         "            if evaluating:\n                evaluate(step)  # After",
-        LOOP,
+        MOMENTS,
     ),
     slip(
         "durability",
@@ -668,7 +671,7 @@ DURABILITY = (
         "harness.folders",
         "        shutil.rmtree(scratch)\n        raise",
         "        raise",
-        LOOP + " tests/test_checkpoint.py",
+        "tests/test_checkpoint.py tests/test_loop.py",
     ),
     slip(
         "durability",
@@ -677,17 +680,24 @@ DURABILITY = (
         "        folder.rename(set_aside(folder))\n        scratch.rename(folder)\n"
         "        shutil.rmtree(set_aside(folder))",
         "        shutil.rmtree(folder)\n        scratch.rename(folder)",
-        LOOP,
+        MOMENTS,
     ),
-    slip("durability", "records are not flushed", "harness.runlog", "        self._metrics.flush()\n", "", LOOP),
-    slip("durability", "undone records are lost", "harness.runlog", "    if undone:\n", "    if not kept:\n", LOOP),
+    slip(
+        "durability",
+        "records are not flushed",
+        "harness.runlog",
+        "        self._metrics.flush()\n",
+        "",
+        "tests/test_runlog.py",
+    ),
+    slip("durability", "undone records are lost", "harness.runlog", "    if undone:\n", "    if not kept:\n", LOG),
     slip(
         "durability",
         "the position forgets skipped batches",
         "harness.state",
         "return self.updates + self.skipped",
         "return self.updates",
-        STATE + " " + LOOP,
+        LOOP,
     ),
     slip(
         "durability",
@@ -695,7 +705,7 @@ DURABILITY = (
         "harness.loop",
         "position, best = state.position, state.best",
         "position = state.position",
-        LOOP,
+        MOMENTS,
     ),
     slip(
         "durability",
@@ -747,7 +757,7 @@ INPUT = (
         "recipe.sampling",
         'require("" not in self.stop',
         'require(True or "" not in self.stop',
-        GENERATION,
+        "tests/test_generation.py",
     ),
 )
 
@@ -883,7 +893,7 @@ TORCH = (
         "torch_ref.muon",
         'weight.grad.lerp(mu, group["beta"])',
         'weight.grad.lerp_(mu, group["beta"])',
-        MUON,
+        "parity_tests/test_muon.py",
     ),
     slip(
         "torch alone",
@@ -939,7 +949,7 @@ TORCH = (
         "torch_ref.weights",
         "return tensor.numpy().copy()",
         "return tensor.numpy()",
-        STATE + " parity_tests/test_weights.py",
+        "parity_tests/test_weights.py",
     ),
     slip(
         "torch alone",
@@ -947,7 +957,7 @@ TORCH = (
         "torch_ref.train",
         "total_loss / A",
         "total_loss / max(1, A - 1)",
-        TRAINING,
+        ONE,
     ),
 )
 

@@ -80,16 +80,20 @@ def turned(x_BTNH: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attended(q_BTNH, k_BTKH, v_BTKH, window: int | None, rate: float, key, layer: int) -> np.ndarray:
-    """Causal grouped-query attention, one query block (T <= 128), the window counting the query itself."""
+    """Causal grouped-query attention, the window counting the query itself; masks come in blocks of 128 queries, over
+    the keys that any of them sees."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    G = N // K
-    scores_BKGTS = np.einsum("btkgh,bskh->bkgts", q_BTNH.reshape(B, T, K, G, H), k_BTKH) / math.sqrt(H)
+    window, q_BTKGH = T if window is None else window, q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = np.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH) / math.sqrt(H)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
-    seen_TS = (s <= t) & (s > t - (T if window is None else window))
+    seen_TS = (s <= t) & (s > t - window)
     shifted = scores_BKGTS - np.where(seen_TS, scores_BKGTS.real, -np.inf).max(axis=-1, keepdims=True)
     powers = np.where(seen_TS, np.exp(np.where(seen_TS, shifted, 0.0)), 0.0)
-    probs_BKGTS = dropped(powers / powers.sum(axis=-1, keepdims=True), rate, key, layer, PROBABILITIES, 0)
+    probs_BKGTS = powers / powers.sum(axis=-1, keepdims=True)
+    for block, start in enumerate(range(0, T, 128)):
+        part = ..., slice(start, start + 128), slice(max(0, start - window + 1), min(start + 128, T))
+        probs_BKGTS[part] = dropped(probs_BKGTS[part], rate, key, layer, PROBABILITIES, block)
     return np.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BTKH).reshape(B, T, N * H)
 
 

@@ -359,6 +359,9 @@ def test_the_tokens_chosen_depend_on(field, side):
             generator(side).batch([[1]], options)
     else:
         assert sampled(side, base) == sampled(side, base) != sampled(side, options)
+    if field == "samples":
+        first, second, *_ = sampled(side, options)
+        assert first != second, "samples of one prompt differ from each other"
 
 
 # Who shows which field.

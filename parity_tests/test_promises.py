@@ -244,14 +244,24 @@ def test_gradients_moments_and_losses_are_carried_in_float32():
 
 
 def test_the_updates_arithmetic_in_jax_has_no_bfloat16_outside_newton_schulz():
-    config = run_config(MODEL, BFLOAT16)
-    optimizer = jax_impl.train.make_optimizer(config)
-    state = jax_impl.train.init_state(config, random_weights(MODEL))
-    found = narrow(jax_ops(lambda g, s, p: optimizer.update(g, s, p), state.params, state.opt_state, state.params))
-    matrices = sum(path.endswith(".kernel") for path in state.params)
-    assert set(found) == {"rounding"}
-    # One rounding of the normalised matrix and three in the loop; equal shapes may share a traced call, never add one.
-    assert 4 <= found["rounding"] <= 4 * matrices
+    for newton_schulz in (WIDE, NARROW):
+        config = run_config(MODEL, dataclasses.replace(BFLOAT16, newton_schulz=newton_schulz))
+        optimizer = jax_impl.train.make_optimizer(config)
+        state = jax_impl.train.init_state(config, random_weights(MODEL))
+        found = narrow(jax_ops(lambda *args, o=optimizer: o.update(*args), state.params, state.opt_state, state.params))
+        assert set(found) == ({"rounding"} if newton_schulz == NARROW else set())
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_rotary_tables_and_logits_are_float32(side, monkeypatch):
+    module, tables = (jax_impl.model, []) if side == "jax" else (torch_ref.model, [])
+    original = module.apply_rope
+    monkeypatch.setattr(module, "apply_rope", lambda x, *angles: tables.extend(angles) or original(x, *angles))
+    logits = (JaxModel if side == "jax" else TorchModel)(MODEL, BFLOAT16, random_weights(MODEL)).logits(
+        random_tokens(MODEL, 1, 5)
+    )
+    assert logits.dtype == np.float32 and len(tables) == 4 * L
+    assert {str(table.dtype).removeprefix("torch.") for table in tables} == {WIDE}
 
 
 def one_rounding(value: np.ndarray, truth: np.ndarray, scale: np.ndarray, operations: int) -> np.ndarray:

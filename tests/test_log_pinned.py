@@ -10,14 +10,16 @@ import pytest
 
 from harness import loop
 from harness.runlog import read_metrics
+from harness.state import load_state
 from recipe.config import ModelConfig, RunConfig
 from recipe.data import Dataset
 from recipe.params import slot_shapes
 from recipe.tokenizer import train_bpe
 
-# A = 2, B = 1, T = 8: 16 tokens an update. An update takes a quarter of a second, the fourth two seconds, an evaluation
-# half a second that belongs to no update. Losses are 8/step, norms 2 step, the rate is step/8; the fifth is skipped.
-UPDATE, SLOW, EVALUATION = 0.25, 2.0, 0.5
+# A = 2, B = 1, T = 8: 16 tokens an update. An update takes a quarter of a second, the third three quarters, the fourth
+# two seconds; an evaluation takes half a second that belongs to no update. Losses are 8/step, norms 2 step, the rate is
+# step/8; the fifth is skipped.
+UPDATE, LONGER, EVALUATION = 0.25, {3: 0.75, 4: 2.0}, 0.5
 # Nats per token by step; e^2, e^1, e^3 and log2(e) = 1.4426950408889634 bits a nat, two bytes a token.
 NATS = {0: 3.0, 3: 1.0, 6: 2.0, 7: 3.0}
 PERPLEXITY = {1.0: 2.718281828459045, 2.0: 7.38905609893065, 3.0: 20.085536923187668}
@@ -39,7 +41,7 @@ class Scripted:
         step = self.updates + self.skipped + 1
         if step == self.die_at:
             raise KeyboardInterrupt
-        type(self).now += SLOW if step == 4 else UPDATE
+        type(self).now += LONGER.get(step, UPDATE)
         self.skipped += step == 5
         self.updates += step != 5
         return {"loss": np.float32(8 / step), "grad_norm": 2.0 * step, "lr": step / 8, "skipped": self.skipped}
@@ -87,14 +89,14 @@ WHOLE = [
     {"kind": "baselines", "step": 0},
     validation(0),
     train(1, 0.25, 250.0, None),
-    train(2, 0.5, 250.0, 64.0),
-    train(3, 0.75, 250.0, 64.0),
+    train(2, 0.75, 500.0, 32.0),
+    train(3, 1.25, 500.0, 32.0),
     validation(3),
-    train(4, 2.75, 2000.0, 8.0),
-    train(5, 3.0, 250.0, 64.0, skipped=1),
-    train(6, 3.25, 250.0, 64.0, skipped=1),
+    train(4, 3.25, 2000.0, 8.0),
+    train(5, 3.5, 250.0, 64.0, skipped=1),
+    train(6, 3.75, 250.0, 64.0, skipped=1),
     validation(6),
-    train(7, 3.5, 250.0, 64.0, skipped=1),
+    train(7, 4.0, 250.0, 64.0, skipped=1),
     validation(7),
 ]
 
@@ -133,11 +135,15 @@ def logged(config: RunConfig, file: str = "metrics.jsonl") -> list[dict]:
 def test_every_record_of_a_run(config, capsys):
     run(config)
     assert logged(config) == WHOLE
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    said = capsys.readouterr().out
+    # 7 x 16 of 400 tokens.
+    assert "400 training tokens (0.28 epochs), 100 held out" in said
+    assert "validation 1.0000 nats per token at best" in said and load_state(Path(config.out) / "last").best == 1.0
+    lines = [line for line in said.splitlines() if line.startswith("step")]
     assert lines == [
         "step 0/7 (0.0%) | val loss 3.0000 | accuracy 25.00% | ppl 20.09 | bits/byte 2.1640",
         "step 1/7 (14.3%) | loss 8.0000 | grad_norm 2.0000 | lr 1.250e-01 | tok/s - | dt 250 ms",
-        "step 3/7 (42.9%) | loss 2.6667 | grad_norm 6.0000 | lr 3.750e-01 | tok/s 64 | dt 250 ms",
+        "step 3/7 (42.9%) | loss 2.6667 | grad_norm 6.0000 | lr 3.750e-01 | tok/s 32 | dt 500 ms",
         "step 3/7 (42.9%) | val loss 1.0000 | accuracy 25.00% | ppl 2.72 | bits/byte 0.7213",
         # Three updates in two and a half seconds.
         "step 6/7 (85.7%) | loss 1.3333 | grad_norm 12.0000 | lr 7.500e-01 | tok/s 19 | dt 833 ms | skipped 1",
@@ -156,7 +162,7 @@ def test_every_record_of_a_run_that_was_killed_and_resumed(config):
     assert logged(config) == [
         *WHOLE[:7],
         {"kind": "resume", "step": 4},
-        train(5, 3.0, 250.0, None, skipped=1),
+        train(5, 3.5, 250.0, None, skipped=1),
         *WHOLE[8:],
     ]
     assert logged(config, "undone.jsonl") == WHOLE[7:10]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from harness.hf_config import to_hf_config
-from recipe.config import ModelConfig
+from recipe.config import AdamWConfig, ModelConfig, MuonConfig, RunConfig
 from recipe.presets import PRESETS
 
 # https://huggingface.co/Qwen/NAME/blob/main/config.json, as published in April 2025; theirs are the dense Base and chat
@@ -69,3 +69,20 @@ def test_the_defaults_of_a_model_are_qwen3s_where_size_does_not_matter():
     theirs, ours = Qwen3Config(), ModelConfig()
     for field in ("rms_norm_eps", "initializer_range", "attention_bias", "sliding_window"):
         assert getattr(ours, field) == getattr(theirs, field), field
+
+
+# docs/notebook.md, "What is kept exactly", and torch's AdamW for what the notebook leaves to it.
+OPTIMIZERS = {
+    MuonConfig: dict(learning_rate=0.01, beta=0.95, nesterov=True, ns_steps=5, eps=1e-7, weight_decay=0.0),
+    AdamWConfig: dict(learning_rate=0.001, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decay_norms=False),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_an_optimizers_defaults_are_the_notebooks(kind):
+    import torch
+
+    assert dataclasses.asdict(kind()) == OPTIMIZERS[kind]
+    theirs = torch.optim.AdamW([torch.zeros(1)]).defaults
+    assert (theirs["betas"], theirs["eps"]) == ((0.9, 0.999), 1e-8)
+    assert RunConfig().clip_norm == 1.0
