@@ -5,11 +5,13 @@ A mutant is caught if a test named beside it fails; exit code 1 if one survives.
 
 import concurrent.futures
 import dataclasses
+import datetime
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +32,8 @@ class MutantsCommand:
 
     only: str = ""
     """Only mutants whose name contains this."""
+    sample: int = 0
+    """Only so many of them, others every day; 0 plants all."""
     workers: int = 2
     """Processes at once."""
     out: str = "docs/mutants.md"
@@ -67,6 +71,11 @@ def examine(mutant: Mutant) -> Outcome:
     return Outcome(mutant, failed.group(1) if failed else "", (failed.group(2) or "") if failed else "", seconds)
 
 
+def todays(mutants: Sequence[Mutant], count: int, day: int) -> list[Mutant]:
+    """`count` of the mutants, on the next day the next ones: after all have had their turn it begins anew."""
+    return [mutants[(day * count + index) % len(mutants)] for index in range(min(count, len(mutants)))]
+
+
 def table(outcomes: list[Outcome]) -> str:
     """The kill table and the list of equivalents in Markdown."""
     caught = sum(bool(outcome.killer) for outcome in outcomes)
@@ -75,17 +84,18 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         "Written by `make mutants` (`python -m parity_tests.mutants`). Each row is one edit of the source, planted",
         "while Python imports the module, and the first test that failed under it. The edits are in",
-        "`parity_tests/mutant_catalogue.py`.",
+        "`parity_tests/mutant_catalogue.py` and `parity_tests/mutant_gaps.py`.",
         "",
         f"{caught} of {len(outcomes)} caught. Of commit {git_commit()}.",
         "",
-        "| seeded bug | in | caught by | what the test said |",
-        "|---|---|---|---|",
+        "| kind | seeded bug | in | caught by | what the test said |",
+        "|---|---|---|---|---|",
     ]
     for outcome in outcomes:
         said = outcome.message.replace("|", "\\|")[:160]
         killer = f"`{outcome.killer}`" if outcome.killer else "**survived**"
-        lines.append(f"| {outcome.mutant.name} | `{outcome.mutant.module}` | {killer} | {said} |")
+        where = ", ".join(f"`{edit.module}`" for edit in outcome.mutant.edits)
+        lines.append(f"| {outcome.mutant.kind} | {outcome.mutant.name} | {where} | {killer} | {said} |")
     lines += ["", "## Equivalent mutants", "", "No test of these values can see them, for a reason:", ""]
     lines += ["| edit | text | reason |", "|---|---|---|"]
     lines += [f"| {mutant.name} | `{mutant.edit}` | {mutant.reason} |" for mutant in EQUIVALENT]
@@ -103,6 +113,9 @@ def main() -> int:
     )
     mutants = [mutant for mutant in MUTANTS if command.only in mutant.name]
     require(bool(mutants), f"--only {command.only!r} matches no mutant; leave it out to run all {len(MUTANTS)}.")
+    require(command.sample >= 0, f"--sample {command.sample} must be at least 0; choose e.g. 8, or 0 for all.")
+    if command.sample:
+        mutants = todays(mutants, command.sample, datetime.date.today().toordinal())
     require(command.workers > 0, f"--workers {command.workers} must be at least 1; choose e.g. 2.")
     outcomes = []
     start = time.perf_counter()
