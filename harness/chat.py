@@ -14,7 +14,7 @@ from typing import Any
 
 from recipe.config import UserError, require
 from recipe.reading import kind_of, parse_json, short, some, take
-from recipe.tokenizer import more_templates, read_text
+from recipe.tokenizer import more_templates, utf8_text
 from recipe.tokenizer_settings import read_settings, special_tokens
 
 SECONDS = 10
@@ -96,9 +96,9 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str:
     """The template's text, wherever the folder keeps it."""
     where = str(folder / "tokenizer_config.json")
     file = folder / "chat_template.jinja"
-    found: Any = {part.stem: read_text(part) for part in more_templates(folder)}
+    found: Any = {part.stem: utf8_text(part) for part in more_templates(folder)}
     if file.is_file():
-        found = read_text(file) if not found else found | {"default": read_text(file)}
+        found = utf8_text(file) if not found else found | {"default": utf8_text(file)}
     found = found or take(settings, "chat_template", str | list | dict | None, where, None)
     if isinstance(found, list):
         for entry in found:

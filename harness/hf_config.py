@@ -267,13 +267,12 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def unused(values: Mapping[str, Any]) -> list[str]:
-    """The fields of a config.json that change nothing, each with the reason; those that nobody knows come first."""
-    honoured = {"model_type", *FIELDS.get(values.get("model_type", ""), {})} - HARMLESS.keys()
+    """The fields of a config.json that nobody acts upon, and those that act in training alone."""
+    honoured = {"model_type", *FIELDS.get(values.get("model_type", ""), {})}
     unknown = [name for name in values if name not in honoured | HARMLESS.keys() | NEUTRAL.keys()]
-    harmless = [name for name in HARMLESS if name in values and name not in honoured]
-    return [f"{name} (unknown to transformers too)" for name in unknown] + [
-        f"{name} ({HARMLESS[name][1]})" for name in harmless
-    ]
+    dropout = values.get("attention_dropout")
+    in_training = [f"attention_dropout={dropout} ({HARMLESS['attention_dropout'][1]})"] if dropout else []
+    return in_training + [f"{name} (unknown to transformers too)" for name in unknown]
 
 
 def _check_others(values: Mapping[str, Any], family: str) -> None:

@@ -77,8 +77,6 @@ def load_state(folder: Path) -> TrainingState:
     """The state in a folder, its arrays still on disk; UserError if anything is missing or does not fit."""
     values, config = read_run(folder)
     where = str(Path(folder) / "run.json")
-    for name in ("framework", "saved"):
-        take(values, name, str, where)
     updates, skipped, position = (take(values, name, int, where) for name in ("updates", "skipped", "position"))
     best, text = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
     require(

@@ -266,7 +266,7 @@ def child() -> None:
     os.environ |= dict.fromkeys(["TMPDIR", "MPLCONFIGDIR"], str(root / "tmp"))
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
-    stderr = os.fdopen(os.dup(2), "w")
+    stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the process's life)
     atheris = importlib.import_module("atheris") if work["guided"] else None
     with atheris.instrument_imports(include=["recipe", "harness"]) if atheris else contextlib.nullcontext():
@@ -366,11 +366,11 @@ def fuzz(
             report.touch()
             (root / "tmp").mkdir()
             task = options | {"root": folder, "inputs": work[:1] if guided else work}
-            with errors.open("w") as stderr:
+            with errors.open("w", encoding="utf-8") as stderr:
                 command = [sys.executable, "-c", "from parity_tests import fuzz; fuzz.child()"]
                 code = subprocess.run(command, input=json.dumps(task), text=True, stderr=stderr, cwd=ROOT).returncode
-            lines = [json.loads(line) for line in report.read_text().splitlines()]
-            said = errors.read_text(errors="replace")
+            lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+            said = errors.read_text(encoding="utf-8", errors="replace")
             last = read_report(lines, results)
             if keep is not None and lines and lines[-1].get("phase") == "ours" and last is not None:
                 to = keep / f"{last['target']}-{last['number']}"

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -215,17 +216,20 @@ class Transformers(Library):
         return self.auto.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def their_tokenizer(folder: Path) -> Library:
-    """transformers', or the library's where transformers stumbles over a field that decides no token."""
+def their_tokenizer(folder: Path) -> Library | None:
+    """transformers', or the library's where it stands alone; None if transformers stumbles where the library does not:
+    over a field that decides no token, or a token that is an object without its type."""
     library = Library(folder / "tokenizer.json")
     try:
         return Transformers(folder) if (folder / "tokenizer_config.json").is_file() else library
     except Exception:
-        return library
+        return None
 
 
 def tokenizer_theirs(folder: Path, mine: Facts) -> Facts:
     tokenizer = their_tokenizer(folder)
+    if tokenizer is None:
+        return mine
     ids = [tokenizer(text, add_special_tokens=False) for text in SAMPLES]
     return {
         **{"ids": ids, "ids of a batch": ids, "text": [tokenizer.decode(each) for each in ids]},
@@ -281,8 +285,9 @@ def generate_theirs(folder: Path, mine: Facts) -> Facts:
     if not all(type(end) is int for end in ends):
         raise TypeError("eos_token_id is no token")
     stops = mine.get("stops", [])
+    tokenizer = their_tokenizer(folder / "model")
     return {
-        "prompt": their_tokenizer(folder / "model")(prompt),
+        **({} if tokenizer is None else {"prompt": tokenizer(prompt)}),
         "stops": stops if set(ends) <= set(stops) else sorted(ends),
     }
 
@@ -468,8 +473,8 @@ def log_ours(folder: Path) -> Facts:
 
 
 def log_theirs(folder: Path, mine: Facts) -> Facts:
-    lines = (folder / "metrics.jsonl").read_bytes().decode().split("\n")[:-1]
-    records = [json.loads(line) for line in lines]
+    lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    records = [json.loads(line.decode()) for line in lines]
     if not all(isinstance(record, dict) for record in records):
         raise TypeError("a record is no object")
     return {"records": records}
@@ -515,7 +520,9 @@ def kept(texts: list[Any]) -> Facts:
 
 def jsonl_theirs(folder: Path, mine: Facts) -> Facts:
     lines = (folder / "notes/a.jsonl").read_bytes().decode("utf-8-sig").split("\n")
-    return kept([json.loads(line)["text"] for line in lines if line.strip()])
+    texts = [json.loads(line)["text"] for line in lines if line.strip()]
+    # Half a surrogate pair, which JSON can say and no text hold, is replaced.
+    return kept([None if text is None else re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts])
 
 
 def text_seeds(folder: Path) -> Iterator[None]:

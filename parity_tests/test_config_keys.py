@@ -304,12 +304,12 @@ class Bench:
         self.ours: dict[ModelConfig, tuple[np.ndarray, float]] = {}
 
     def judge(self, values: dict[str, Any]) -> Judged:
-        self.file.write_text(json.dumps(values))
+        self.file.write_text(json.dumps(values), encoding="utf-8")
         try:
             model, stored = load_folder(self.folder)
         except UserError as error:
             text = str(error)
-            plain = text.isprintable() and (len(text) < 500 or "does not hold its model" in text)
+            plain = text.isprintable() and len(text) < 2000
             return Judged(False, "" if plain else f"no short line: {text[:80]!r}")
         except Exception as error:
             return Judged(False, f"{type(error).__name__}: {error}")
@@ -382,18 +382,16 @@ def quiet():
     transformers.logging.enable_progress_bar()
 
 
-OF_WEIGHTS = {"tie_word_embeddings=True"}
-"""Whether a tied folder's second head is a copy is a matter of its weights, tested with them."""
-
-
+@pytest.mark.parametrize("part", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base", BASES)
-def test_a_changed_key_is_read_as_transformers_reads_it_or_refused(base, tmp_path, record_property):
+def test_a_changed_key_is_read_as_transformers_reads_it_or_refused(base, part, tmp_path, record_property):
+    """All changes take two minutes; every fourth, another quarter for each base, when nothing is said."""
     bench = Bench(base, tmp_path)
     assert bench.judge(bench.values) == Judged(True)
     index = list(BASES).index(base)
     added = sorted(fields_read())[index::4]
     cases = [*changes(bench.values, added), *pairs(bench.values, 40, seed=index)]
-    judged = {change: bench.judge(values) for change, values in cases if change not in OF_WEIGHTS}
+    judged = {change: bench.judge(values) for change, values in cases[index % part :: part]}
     wrong = {change: verdict.wrong for change, verdict in judged.items() if verdict.wrong}
     record_property("cases", len(judged))
     record_property("accepted", sum(verdict.accepted for verdict in judged.values()))
@@ -408,7 +406,7 @@ def report_of(folder: Path, monkeypatch, misread, **change):
     """The report on a folder, with a change of its config.json, whose configuration is misread on our side alone."""
     save_folder(folder, WINDOWED, random_weights(WINDOWED))
     file = folder / "config.json"
-    file.write_text(json.dumps(read_json(file) | change))
+    file.write_text(json.dumps(read_json(file) | change), encoding="utf-8")
     monkeypatch.setattr(folders, "from_hf_config", lambda values: misread)
     options = twins.TwinOptions(
         weights=str(folder), dtype=("float32",), batch_size=1, sequence_length=12, backward=False
@@ -439,7 +437,8 @@ def test_a_folder_that_transformers_does_not_open_is_one_line(tmp_path, monkeypa
 
 def test_a_padding_token_has_a_gradient_in_the_comparison(tmp_path, monkeypatch):
     save_folder(tmp_path, WINDOWED, random_weights(WINDOWED))
-    (tmp_path / "config.json").write_text(json.dumps(read_json(tmp_path / "config.json") | {"pad_token_id": 3}))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(read_json(file) | {"pad_token_id": 3}), encoding="utf-8")
     options = twins.TwinOptions(weights=str(tmp_path), dtype=("float32",), batch_size=1, sequence_length=12)
     subject = twins.make_subject(options)
     tokens = np.full_like(subject.tokens, 3)

@@ -122,7 +122,8 @@ def _require_fraction(owner: object, *names: str) -> None:
 
 def divisors(n: int) -> list[int]:
     """The divisors of n in rising order, for error messages that offer a remedy."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 @dataclass(frozen=True)

@@ -283,10 +283,17 @@ def _read_manifest(folder: Path, options: dict) -> dict[str, Any] | None:
         hashes = take(manifest, "sha256", dict[str, str], "manifest.json")
         if not hashes.keys() >= CACHED or any(_file_hash(folder / name) != hashes[name] for name in hashes):
             return None
-        take(manifest, "bytes_per_token", float, "manifest.json")
+        if take(manifest, "checksum", str, "manifest.json") != _checksum(manifest):
+            return None
     except (OSError, UserError):
         return None
     return manifest if manifest.get("options") == options else None
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """A hash of all that a manifest says besides."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _build(
@@ -331,7 +338,9 @@ def _publish(
         for name, array in arrays.items():
             np.save(scratch / f"{name}.npy", array, allow_pickle=False)
         tokenizer.save(scratch)
-        manifest["sha256"] = {file.name: _file_hash(file) for file in sorted(scratch.iterdir())}
+        files = [file for file in sorted(scratch.rglob("*")) if file.is_file()]
+        manifest["sha256"] = {str(file.relative_to(scratch)): _file_hash(file) for file in files}
+        manifest["checksum"] = _checksum(manifest)
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         with locked(folder.parent, wait=True):
             found = _read_manifest(folder, manifest["options"])

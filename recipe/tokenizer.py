@@ -185,11 +185,11 @@ def _companions(folder: Path | None) -> dict[str, str]:
     files = [] if folder is None else [folder / name for name in TRAVEL] + more_templates(folder)
     for file in files:
         if file.is_file():
-            found[str(file.relative_to(cast(Path, folder)))] = read_text(file)
+            found[str(file.relative_to(cast(Path, folder)))] = utf8_text(file)
     return found
 
 
-def read_text(file: Path) -> str:
+def utf8_text(file: Path) -> str:
     """A UTF-8 text file, line ends as they are; UserError if it is none or longer than any of its kind."""
     require(file.stat().st_size <= LARGEST_JSON, f"{file} is longer than any file of its kind; fetch it again.")
     try:

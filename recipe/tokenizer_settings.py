@@ -89,6 +89,9 @@ def read_settings(folder: Path | None) -> dict[str, Any]:
                                                            "normalized": content not in contents}
                 for content in ids
             }  # fmt: skip
+    model = folder / "config.json"
+    if settings.get("tokenizer_class") is None and model.is_file() and read_json(model).get("model_type") == "qwen3":
+        settings["tokenizer_class"] = QWEN  # which AutoTokenizer takes for such a model
     return settings
 
 

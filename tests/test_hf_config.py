@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from harness import cli
 from harness.commands import checkpoint
 from harness.folders import load_config, save_folder
-from harness.hf_config import FIELDS, HARMLESS, NEUTRAL, from_hf_config, to_hf_config, unused
+from harness.hf_config import FIELDS, NEUTRAL, from_hf_config, to_hf_config, unused
 from recipe.config import ModelConfig, UserError
 from recipe.params import init_params
 
@@ -138,8 +138,8 @@ def test_inspect_names_what_is_not_used(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["checkpoint", "inspect", str(tmp_path)])
     assert cli.run(checkpoint.main) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("not used"))
-    assert "comment (unknown to transformers too), attention_dropout (in training alone" in line
-    assert len(unused(values)) == len(values.keys() & HARMLESS.keys()) + 1
+    assert "attention_dropout=0.1 (in training alone" in line and "comment (unknown to transformers too)" in line
+    assert unused(QWEN3) == [] and len(unused(values)) == 2
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"model_type": ' + "[" * 9_999, '{"model_type": ["qwen3"]}', "{}"])

@@ -128,7 +128,7 @@ REFUSED = {
     "negative counts": (changed(updates=-2, skipped=44), "do not make position 42"),
     "a list": (lambda _: [], "holds a list"),
     **{f"without {name}": (lacking(name), f"does not say {name}") for name in ("updates", "skipped", "position",
-       "best_validation_loss", "training_text", "config", "framework", "saved")},
+       "best_validation_loss", "training_text", "config")},
     "a text for a count": (changed(updates="40"), "updates='40' must be a whole number"),
     "a truth value for a count": (changed(skipped=True), "skipped=True must be a whole number"),
     "a loss that is none": (changed(best_validation_loss=math.nan), "best_validation_loss=nan"),

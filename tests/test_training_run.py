@@ -228,12 +228,13 @@ def test_a_chat_keeps_its_history(folder, runs, tmp_path, side):
     def run(*more: str, turns: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, *arguments, *more], cwd=ROOT, env=settings, input=turns, capture_output=True, text=True,
-            check=True,
+            check=False,
         )  # fmt: skip
 
     done = run("--chat", "True", turns=turns)
     first, second = done.stdout.removesuffix("\n").split("\n")
     assert done.stderr.count("\n") == 1 and "(three)" in done.stderr, "two turns and their answers, then the refusal"
+    assert done.returncode == 2
     history = f"user says the fox. assistant says {first}. user says the dog. "
     alone = run("--prompt", history, turns="").stdout
     assert alone == history + second + "\n"
@@ -293,7 +294,7 @@ def test_a_tokenizer_larger_than_the_weights_is_refused(folder, runs, tmp_path):
     shutil.copytree(folder / "jax" / "best", tmp_path / "weights")
     train_bpe(["".join(map(chr, range(200, 900)))] * 3, 1000).save(tmp_path / "weights")
     done = command("-m", "jax_impl.generate", "--checkpoint", str(tmp_path / "weights"), "--prompt", "x", cwd=folder)
-    assert done.returncode == 2 and "the model 384 rows" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and "the model has 384" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 BLOCKER = """

@@ -19,7 +19,7 @@ from harness.hf_config import unused
 from harness.state import load_state, read_run
 from recipe.config import Dtype, require
 from recipe.params import param_counts
-from recipe.reading import read_json, some
+from recipe.reading import read_json, short, some, take
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def inspect(folder: Path) -> list[str]:
     if (folder / "run.json").is_file():
         state, (values, _) = load_state(folder), read_run(folder)
         counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"
-        written = f"by {values['framework']} at {values['saved']}"
+        where = str(folder / "run.json")
+        by, at = (short(take(values, name, str, where, "?")) for name in ("framework", "saved"))
+        written = f"by {by} at {at}"
         lines.append(f"state      {counted}, best validation loss {state.best:.4f}, {written}")
         lines += [f"{slot:<10} {_summary(arrays)}" for slot, arrays in state.slots.items()]
     return lines
