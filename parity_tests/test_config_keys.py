@@ -315,7 +315,7 @@ class Bench:
             return Judged(False, f"{type(error).__name__}: {error}")
         weights = {name: np.asarray(weight, np.float64) for name, weight in stored.items()}
         try:
-            theirs, report = self.open()
+            theirs, report = self.load()
             with torch.no_grad():
                 expected = theirs(torch.tensor(TOKENS).long(), use_cache=False, return_dict=True).logits.numpy()
         except Exception as error:
@@ -334,7 +334,7 @@ class Bench:
         error = relative_error(logits, expected[:, : logits.shape[1]])
         return Judged(True, "" if error <= allowed else f"other logits: {error:.1e}, allowed {allowed:.1e}")
 
-    def open(self) -> tuple[Any, dict]:
+    def load(self) -> tuple[Any, dict]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_pretrained(
