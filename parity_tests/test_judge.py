@@ -90,6 +90,22 @@ def test_every_judge_accepts(case):
     assert found.exit_code == 0, found.verdict()
 
 
+@pytest.mark.parametrize("wrong", ["float64", "float32", "bfloat16"])
+def test_one_dtype_that_is_wrong_is_enough(wrong):
+    dtypes = ["float64", "float32", "bfloat16"]
+
+    def reference(dtype):
+        error = 0.0 if dtype == "float64" else UNIT_ROUNDOFF[dtype]
+        return {"x": TRUTH * (1.0 + error), "y": TRUTH}
+
+    def candidate(dtype):
+        return reference(dtype) | ({"x": REFUSED["the other sign"]} if dtype == wrong else {})
+
+    assert compare(reference, reference, dtypes=dtypes).exit_code == 0
+    found = compare(reference, candidate, dtypes=dtypes)
+    assert (found.exit_code, found.first_divergence.row.dtype, found.first_divergence.row.name) == (1, wrong, "x")
+
+
 def test_a_truth_that_is_not_a_number_is_never_met():
     for bad in (math.nan, math.inf):
         with pytest.raises(AssertionError), np.errstate(invalid="ignore"):
