@@ -2,11 +2,9 @@
 
 import sys
 
-from harness.cli import run
-
-if (
-    sys.argv[0] == "-m"
-):  # `python -m parity_tests.NAME`, whose module imports both before it can say that one is missing
+# `python -m parity_tests.NAME` imports both before its module can say that one of them is missing.
+if sys.argv[0] == "-m":
+    from harness.cli import run
 
     def _look() -> None:
         import torch  # noqa: F401
