@@ -885,7 +885,7 @@ TORCH = (
         "torch_ref.newton_schulz",
         "tall = x_OI.shape[-2] > x_OI.shape[-1]",
         "tall = False",
-        NS,
+        COST,
     ),
     slip(
         "torch alone",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jax_impl.attention
 import jax_impl.generate
@@ -21,6 +22,7 @@ from parity_tests.cases import AWKWARD, FLOAT32, random_tokens, random_weights, 
 from parity_tests.sides import JaxModel, TorchModel
 from recipe.config import PrecisionConfig
 from recipe.sampling import CHUNK, SamplingOptions
+from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 
 MODEL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -196,6 +198,23 @@ def test_keys_outside_causality_and_window_are_not_multiplied():
     )
     assert full == 2 * H * T * (T + Q) // 2
     assert windowed <= 2 * H * T * (w + Q) < full
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
+def test_newton_schulz_multiplies_on_the_short_side_in_torch(shape):
+    """The Gram matrix of a tall matrix is its transpose's; parity_tests/test_newton_schulz.py counts JAX's FLOPs."""
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "bmm":
+                grams.append(tuple(out.shape[-2:]))
+            return out
+
+    grams = []
+    with Shapes():
+        torch_newton_schulz(torch.tensor(np.random.default_rng(0).standard_normal(shape)), dtype=torch.float64)
+    assert grams == [(16, 16)] * 5
 
 
 def test_remat_keeps_less_in_torch_and_wraps_every_block_in_jax():

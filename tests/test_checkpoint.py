@@ -376,3 +376,17 @@ def test_a_run_folder_means_its_best_weights(tmp_path):
     save_folder(tmp_path / "best", MODEL, init_params(MODEL, seed=0))
     assert find_weights(str(tmp_path)) == tmp_path / "best"
     assert find_weights(str(tmp_path / "last")) == tmp_path / "last"
+
+
+def test_a_save_that_fails_leaves_nothing_and_the_folder_as_it_was(tmp_path, monkeypatch):
+    save_folder(tmp_path / "folder", MODEL, init_params(MODEL, seed=0))
+    before = {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders, "write_weights", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_folder(tmp_path / "folder", MODEL, init_params(MODEL, seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == before
