@@ -925,7 +925,7 @@ TORCH = (
         "torch_ref.generate",
         'if role in ("matrix", "embedding", "head"):',
         'if role in ("matrix",):',
-        GENERATION,
+        PROMISES,
     ),
     slip(
         "torch alone",

@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jax_impl.attention
 import jax_impl.cache
+import jax_impl.generate
 import jax_impl.loss
 import jax_impl.model
 import jax_impl.train
 import torch_ref.attention
 import torch_ref.cache
+import torch_ref.generate
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.train
@@ -31,6 +33,8 @@ from jax_impl.newton_schulz import orthogonalize_via_newton_schulz as jax_newton
 from parity_tests.cases import AWKWARD, BFLOAT16, random_tokens, random_weights, run_config
 from parity_tests.sides import JaxModel, TorchModel, TorchTraining
 from recipe.contract import UNIT_ROUNDOFF
+from recipe.params import param_specs
+from recipe.sampling import SamplingOptions
 from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 
 MODEL = dataclasses.replace(AWKWARD, attention_bias=True, tie_word_embeddings=False, dropout=0.1)
@@ -262,6 +266,23 @@ def test_rotary_tables_and_logits_are_float32(side, monkeypatch):
     )
     assert logits.dtype == np.float32 and len(tables) == 4 * L
     assert {str(table.dtype).removeprefix("torch.") for table in tables} == {WIDE}
+
+
+def test_generation_holds_its_matrices_rounded_and_its_norms_not():
+    """In bfloat16 both halves write; a CPU keeps JAX's rounded values in float32 (`jax_impl/backend.py`)."""
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    weights, precision = random_weights(model), dataclasses.replace(BFLOAT16, params="float32")
+    in_torch_ = dict(torch_ref.generate.held_model(weights, model, precision, "cpu").named_parameters())
+    in_jax_ = jax_impl.generate.held_params(weights, model, precision)
+    for name, (_, role) in param_specs(model).items():
+        rounded_ = role in ("matrix", "embedding", "head")
+        assert in_torch_[name].dtype == (torch.bfloat16 if rounded_ else torch.float32), name
+        expected = weights[name].astype(NARROW if rounded_ else WIDE).astype(np.float64)
+        np.testing.assert_array_equal(values_of(in_torch_[name].detach()), expected, err_msg=name)
+        np.testing.assert_array_equal(values_of(in_jax_[name]), expected, err_msg=name)
+    for module in (jax_impl.generate, torch_ref.generate):
+        tokens = list(module.make_generator(model, precision, weights)([1, 2, 3], SamplingOptions(max_new_tokens=4)))
+        assert len(tokens) == 4
 
 
 def one_rounding(value: np.ndarray, truth: np.ndarray, scale: np.ndarray, operations: int) -> np.ndarray:

@@ -1,12 +1,23 @@
 """Weights travel between the common dict and either model without losing a bit, under Hugging Face's names."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from jax_impl import weights as jax_weights
-from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, PRECISIONS, VARIANTS, random_weights
-from parity_tests.sides import JaxModel, TorchModel
+from parity_tests.cases import (
+    AWKWARD,
+    FLOAT32,
+    FLOAT64,
+    PRECISIONS,
+    VARIANTS,
+    random_tokens,
+    random_weights,
+    run_config,
+)
+from parity_tests.sides import JaxModel, JaxTraining, TorchModel, TorchTraining
 from recipe.params import param_specs
 
 SIDES = {"jax": JaxModel, "torch": TorchModel}
@@ -85,3 +96,18 @@ def test_every_wrong_weight_is_listed_at_once(side):
         SIDES[side](AWKWARD, FLOAT32, weights)
     for part in ("missing model.norm.weight", "unexpected model.layers.9", "misshapen model.layers.0.mlp.up_proj"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("training", [JaxTraining, TorchTraining])
+def test_what_was_read_out_is_not_what_goes_on_being_trained(training):
+    """Weights and slots are copies: an update after they were read, as while they are saved, changes none of them."""
+    model = dataclasses.replace(AWKWARD, num_hidden_layers=1)
+    side = training(run_config(model, FLOAT32), random_weights(model))
+    batches = [random_tokens(model, 3, 2, 7, seed=seed) for seed in range(4)]
+    side.step(*batches[:2])
+    read = side.weights() | {f"{slot} {name}": a for slot, arrays in side.slots().items() for name, a in arrays.items()}
+    kept = {name: array.copy() for name, array in read.items()}
+    side.step(*batches[2:])
+    for name, array in read.items():
+        np.testing.assert_array_equal(array, kept[name], err_msg=name)
+    assert not np.array_equal(side.weights()["model.norm.weight"], kept["model.norm.weight"])
