@@ -445,7 +445,7 @@ REPORTING = (
     ),
 )
 
-COST = (
+COST_SLIPS = (
     slip(
         "cost",
         "all logits held at once",
@@ -961,4 +961,4 @@ TORCH = (
     ),
 )
 
-MUTANTS = (*BOTH, *SHARED, *DATA_SLIPS, *REPORTING, *COST, *PRECISION, *DURABILITY, *INPUT, *JUDGES, *TORCH)
+MUTANTS = (*BOTH, *SHARED, *DATA_SLIPS, *REPORTING, *COST_SLIPS, *PRECISION, *DURABILITY, *INPUT, *JUDGES, *TORCH)

@@ -67,6 +67,8 @@ RULES = {
     "no new tokens": (lambda *_: SamplingOptions(max_new_tokens=0), "max_new_tokens=0"),
     "an infinite temperature": (lambda *_: SamplingOptions(temperature=float("inf")), "temperature=inf"),
     "a negative top-k": (lambda *_: SamplingOptions(top_k=-1), "top_k=-1"),
+    "a seed beyond a word": (lambda *_: SamplingOptions(seed=2**32), "seed=4294967296 must lie"),
+    "a prompt of nothing": (lambda *_: check_context(MODEL, 0, SamplingOptions()), "the prompt has no tokens"),
     "no samples": (lambda *_: SamplingOptions(samples=0), "samples=0"),
     "an empty stop string": (lambda *_: SamplingOptions(stop=("",)), "a stop string is empty"),
     "samples of a single sequence": (lambda *_: scripted(1)([1], SamplingOptions(samples=2)), "use generate.batch"),
