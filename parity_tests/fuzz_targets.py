@@ -208,6 +208,8 @@ class Transformers(Library):
     def __init__(self, folder: Path) -> None:
         self.auto = transformers.AutoTokenizer.from_pretrained(folder)
         self.eos_token_id = self.auto.eos_token_id
+        if getattr(self.auto.backend_tokenizer.model, "dropout", None) is not None:
+            self.auto.backend_tokenizer.model.dropout = None  # a text has one encoding here, docs/generation.md
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.auto(text, add_special_tokens=add_special_tokens).input_ids
@@ -284,6 +286,7 @@ def generate_theirs(folder: Path, mine: Facts) -> Facts:
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(end) is int for end in ends):
         raise TypeError("eos_token_id is no token")
+    ends = [end for end in ends if end >= 0]  # a negative one never comes
     stops = mine.get("stops", [])
     tokenizer = their_tokenizer(folder / "model")
     return {
@@ -519,7 +522,8 @@ def kept(texts: list[Any]) -> Facts:
 
 
 def jsonl_theirs(folder: Path, mine: Facts) -> Facts:
-    lines = (folder / "notes/a.jsonl").read_bytes().decode("utf-8-sig").split("\n")
+    lines = (folder / "notes/a.jsonl").read_bytes().decode().split("\n")
+    lines = [line.removeprefix("\ufeff") for line in lines]  # files put together keep their marks
     texts = [json.loads(line)["text"] for line in lines if line.strip()]
     # Half a surrogate pair, which JSON can say and no text hold, is replaced.
     return kept([None if text is None else re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts])

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from recipe.config import UserError, require
-from recipe.reading import LARGEST_JSON, parse_json, short, take
+from recipe.reading import LARGEST_JSON, parse_json, read_json, short, take
 from recipe.tokenizer_settings import END_OF_TEXT, add_tokens, encodable, read_settings, refuse_settings, special_tokens
 
 # What other tokenizers call the end of a text, most specific first.
@@ -135,6 +136,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     folder = None
     if file.is_file():
         folder = file.parent
+        _check_prefix(file)
         try:
             rust = RustTokenizer.from_file(str(file))
         except BaseException as error:  # the library raises bare Exception, and its panics are not even that
@@ -166,6 +168,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if eos is None:
         raise UserError(f"tokenizer {source} has no end-of-text token (looked for {', '.join(END_NAMES)}); add one.")
     return Tokenizer(rust, eos, bos_token=named.get("bos_token"), companions=_companions(folder))
+
+
+def _check_prefix(file: Path) -> None:
+    """Raise UserError for a BPE whose merges lack its continuing_subword_prefix: the library cuts so many bytes off
+    them unseen, and where that splits a character it ends the process."""
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', file.read_bytes()) is None:
+        return
+    model = take(read_json(file), "model", dict, str(file), {})
+    prefix, merges = model.get("continuing_subword_prefix"), take(model, "merges", list, f"{file}: model", [])
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    require(
+        not isinstance(prefix, str)
+        or all(isinstance(pair, list) and len(pair) == 2 and str(pair[1]).startswith(prefix) for pair in pairs),
+        f"{file}: a merge continues a word without continuing_subword_prefix={short(repr(prefix))}; set that to null.",
+    )
 
 
 def _from_hub(name: str) -> RustTokenizer:

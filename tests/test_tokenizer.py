@@ -157,6 +157,7 @@ def test_a_file_that_cannot_be_what_it_says_is_refused_in_one_line(folder, train
         "more rows than any model": {"vocab": trained["model"]["vocab"] | {"zz": 2**31}, "merges": []},
         "a merge of nothing": {"merges": [["x", "yy"]]},
         "the library panics": {"continuing_subword_prefix": "longer than any token of it"},
+        "the library would end the process": {"continuing_subword_prefix": "\t"},
         "another kind": {"type": "Sparkle"},
     }
     for case, changes in others.items():
