@@ -290,7 +290,7 @@ def generate_theirs(folder: Path, mine: Facts) -> Facts:
     stops = mine.get("stops", [])
     tokenizer = their_tokenizer(folder / "model")
     return {
-        **({} if tokenizer is None else {"prompt": tokenizer(prompt)}),
+        "prompt": mine.get("prompt") if tokenizer is None else tokenizer(prompt),
         "stops": stops if set(ends) <= set(stops) else sorted(ends),
     }
 
