@@ -301,10 +301,9 @@ def _check_neutral(name: str, value: object, where: str) -> None:
 
 def _check_numbers(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
-        largest = _LARGEST.get(name, 2**40)
         require(
-            not isinstance(value, int) or abs(value) <= largest,
-            f"{WHERE}: {name}={short(repr(value))} must be at most {largest}, beyond any model's; mend it there.",
+            not isinstance(value, int) or abs(value) <= _LARGEST,
+            f"{WHERE}: {name}={short(repr(value))} must be at most {_LARGEST}, beyond any model's; mend it there.",
         )
     for name in ("rms_norm_eps", "initializer_range"):
         require(
@@ -313,8 +312,8 @@ def _check_numbers(fields: Mapping[str, Any]) -> None:
         )
 
 
-_LARGEST = {"num_hidden_layers": 2**14, "num_attention_heads": 2**14}
-"""Numbers of things that are counted one by one; others are at most 2**40."""
+_LARGEST = 2**40
+"""No number of a configuration is beyond this; `ModelConfig` bounds what is counted one by one."""
 
 
 def _check_llama(model: ModelConfig) -> None:

@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import shutil
 import signal
 import sys
 import time
@@ -22,17 +20,16 @@ import numpy as np
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.plot import plot_runs
+from harness.preflight import check_finite, check_place, check_prompts, mend_best, text_again
 from harness.runlog import RunLog, check_tensorboard, read_metrics
 from harness.state import TrainingState, clear_scratch, find_state, load_state, save_state
-from harness.tensors import CODES, DTYPES
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.lock import locked
-from recipe.params import check_weights, init_params, param_counts
-from recipe.reading import short, some
+from recipe.params import init_params, param_counts
+from recipe.reading import short
 from recipe.sampling import SamplingOptions
-from recipe.tokenizer import Tokenizer, load_tokenizer
 
 # Plain lines and bars show a record at least this often, however long a step takes.
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -143,9 +140,9 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
             state = load_state(find_state(folder))
             finished = state.position == config.steps and (folder / "loss.png").exists()
             require(not finished, f"--resume {folder} is finished, all {config.steps} steps; begin a new run.")
-            dataset = _text_again(config, state)
+            dataset = text_again(config, state)
         else:
-            _check_place(config)
+            check_place(config)
             dataset = prepare(config.data, seed=config.seed, show_progress=True)
             if not config.init:
                 config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
@@ -156,11 +153,11 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
         )
         dataset.check_length(config.sequence_length)
         dataset.batch(0, **_batch_shape(config))
-        _check_prompts(config, dataset.tokenizer)
+        check_prompts(config, dataset.tokenizer)
         if state is None:
             weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
             if config.init:
-                _check_finite(config, weights)
+                check_finite(config, weights)
             trainer = make_trainer(config, weights)
             del weights  # The trainer has its own; these would stay as long as the run.
         else:
@@ -170,7 +167,7 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
             trainer.restore(state.slots, state.updates, state.skipped)
             position, best = state.position, state.best
             if math.isfinite(best):
-                best = _mend_best(config, state, dataset.tokenizer)
+                best = mend_best(config, state, dataset.tokenizer)
         baselines = ngram_baselines(dataset)
         about = dict(framework=framework, environment=trainer.environment)
         if state is None:
@@ -200,122 +197,6 @@ def _alone(folder: Path) -> Iterator[None]:
     with locked(folder) as held:
         require(held is not False, f"{folder} is being trained by another process; wait for it, or stop it.")
         yield
-
-
-def _check_place(config: RunConfig) -> None:
-    """Raise UserError if the run folder is taken, or cannot be made, or has no room for the weights."""
-    folder = Path(config.out)
-    try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        require(not taken, f"--out {folder} already holds files; name a new folder.")
-        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        require(above.is_dir(), f"--out {folder} lies under {above}, which is a file; choose a folder's path.")
-        require(os.access(above, os.W_OK | os.X_OK), f"--out {folder}: {above} may not be written to; choose another.")
-        longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        long = [part for part in folder.parts if len(os.fsencode(part)) > longest]
-        require(not long, f"--out {short(str(folder))} has a name of more than {longest} bytes; choose a shorter one.")
-        free = shutil.disk_usage(above).free
-    except OSError as error:
-        raise UserError(f"--out {short(str(folder))} cannot be a folder ({error.strerror}); choose another.") from None
-    counts = param_counts(config.model)
-    # best/ in float32; last/ has the weights, one slot a number under Muon and two under AdamW.
-    needed = 4 * counts.total + _dtype(config).itemsize * (counts.total + counts.muon + 2 * counts.adamw)
-    require(
-        needed <= free,
-        f"--out {folder} needs some {needed / 1e9:,.1f} GB for best/ and last/, and {above} has {free / 1e9:,.1f} GB "
-        "left; make room, or choose another.",
-    )
-
-
-def _dtype(config: RunConfig) -> np.dtype:
-    """NumPy's dtype of the parameters."""
-    return np.dtype(DTYPES[CODES[config.precision.params]])
-
-
-def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raise UserError if a prompt of the samples cannot be continued; that shows only after training otherwise."""
-    limit = config.model.max_position_embeddings
-    for prompt in config.prompts if config.sample_tokens else ():
-        shown = short(repr(prompt))
-        require(prompt.isascii() or _encodable(prompt), f"--prompts {shown} is not Unicode text; pass another.")
-        tokens = len(tokenizer.encode_prompt(prompt))
-        require(tokens > 0, f"--prompts {shown} has no tokens; pass a text, or --sample_tokens 0 for no samples.")
-        require(
-            tokens < limit,
-            f"--prompts {shown} has {tokens} tokens, and model.max_position_embeddings={limit} leaves no room to go "
-            "on; pass a shorter one, or --sample_tokens 0 for no samples.",
-        )
-
-
-def _encodable(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:  # a lone surrogate, which Python makes of bytes that are not UTF-8
-        return False
-
-
-def _check_finite(config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
-    """Raise UserError if weights to begin with are not finite in the parameters' dtype: no update would be applied."""
-    with np.errstate(over="ignore"):
-        wrong = [name for name in weights if not np.isfinite(weights[name].astype(_dtype(config), copy=False)).all()]
-    require(
-        not wrong,
-        f"--init {config.init} has numbers that are not finite in {config.precision.params}, in {some(wrong)}; begin "
-        "with other weights.",
-    )
-
-
-def _text_again(config: RunConfig, state: TrainingState) -> Dataset:
-    """The dataset of a run to go on with, read with the run's own copy of its tokenizer.
-
-    UserError, which says what to restore, if it cannot be had or is another than the run began with.
-    """
-    folder, saved = Path(config.out), None
-    with contextlib.suppress(UserError):
-        saved = load_tokenizer(find_state(folder))
-    try:
-        given = None if config.data.tokenizer == "bpe" else saved
-        dataset = prepare(config.data, seed=config.seed, show_progress=True, tokenizer=given)
-    except UserError as error:
-        raise UserError(f"--resume {folder} needs the text it began with, so restore that; it says: {error}") from None
-    require(
-        state.text == dataset.fingerprint,
-        f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
-        "begin a new run.",
-    )
-    require(
-        saved is None or saved.identity == dataset.tokenizer.identity,
-        f"--resume {folder}: its tokenizer.json is not that of its text; go on from another copy of the state.",
-    )
-    return dataset
-
-
-def _mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> float:
-    """The loss of the weights in best/, once they are seen to be there.
-
-    If they are not, last/ may hold the same; otherwise the best of the evaluations to come is kept, and that is said.
-    What is damaged is set aside.
-    """
-    folder = Path(config.out)
-    best = folder / "best"
-    try:
-        require(best.is_dir(), "it is not there")
-        check_weights(load_folder(best)[1], config.model)
-        load_tokenizer(best)
-        return state.best
-    except (UserError, OSError) as error:
-        reason = short(str(error), 300)
-    if os.path.lexists(best):
-        names = (folder / f"best-damaged-{number}" for number in itertools.count(1))
-        best.rename(next(name for name in names if not os.path.lexists(name)))
-    records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
-    if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
-        save_folder(best, config.model, state.weights, tokenizer)
-        said = "written again from last/, which is as good"
-    else:
-        said = f"lost, with its loss of {state.best:.4f}; the best of the evaluations to come is kept"
-    print(f"warning: best/ cannot be read ({reason}); it is {said}", file=sys.stderr)
-    return state.best if best.is_dir() else math.inf
 
 
 def _check_outcome(config: RunConfig, trainer: Trainer, best: float) -> None:
@@ -444,7 +325,11 @@ def _samples(config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path
         limit = config.model.max_position_embeddings - len(tokens)
         options = SamplingOptions(max_new_tokens=min(config.sample_tokens, limit), seed=config.seed + index, top_k=50)
         options = dataclasses.replace(options, stop_ids=(dataset.tokenizer.eos_id,))
-        new = list(trainer.generate(tokens, options))
+        try:
+            new = list(trainer.generate(tokens, options))
+        except UserError as error:  # logits that are not finite; the run keeps its weights and its picture
+            texts.append(f"{prompt} [{error}]")
+            continue
         texts.append(dataset.tokenizer.decode([*tokens, *new]))
     (folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
     return ["", *"\n---\n".join(texts).splitlines(), ""]

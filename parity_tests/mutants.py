@@ -72,8 +72,9 @@ def examine(mutant: Mutant) -> Outcome:
 
 
 def todays(mutants: Sequence[Mutant], count: int, day: int) -> list[Mutant]:
-    """`count` of the mutants, on the next day the next ones: after all have had their turn it begins anew."""
-    return [mutants[(day * count + index) % len(mutants)] for index in range(min(count, len(mutants)))]
+    """`count` of the mutants, spread over the catalogue and so over its kinds; on the next day the next of each."""
+    count = min(count, len(mutants))
+    return [mutants[(day + index * (len(mutants) // count)) % len(mutants)] for index in range(count)]
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -272,14 +272,14 @@ def test_generation_holds_its_matrices_rounded_and_its_norms_not():
     """In bfloat16 both halves write; a CPU keeps JAX's rounded values in float32 (`jax_impl/backend.py`)."""
     model = dataclasses.replace(MODEL, dropout=0.0)
     weights, precision = random_weights(model), dataclasses.replace(BFLOAT16, params="float32")
-    in_torch_ = dict(torch_ref.generate.held_model(weights, model, precision, "cpu").named_parameters())
-    in_jax_ = jax_impl.generate.held_params(weights, model, precision)
+    held_torch = dict(torch_ref.generate.held_model(weights, model, precision, "cpu").named_parameters())
+    held_jax = jax_impl.generate.held_params(weights, model, precision)
     for name, (_, role) in param_specs(model).items():
-        rounded_ = role in ("matrix", "embedding", "head")
-        assert in_torch_[name].dtype == (torch.bfloat16 if rounded_ else torch.float32), name
-        expected = weights[name].astype(NARROW if rounded_ else WIDE).astype(np.float64)
-        np.testing.assert_array_equal(values_of(in_torch_[name].detach()), expected, err_msg=name)
-        np.testing.assert_array_equal(values_of(in_jax_[name]), expected, err_msg=name)
+        is_rounded = role in ("matrix", "embedding", "head")
+        assert held_torch[name].dtype == (torch.bfloat16 if is_rounded else torch.float32), name
+        expected = weights[name].astype(NARROW if is_rounded else WIDE).astype(np.float64)
+        np.testing.assert_array_equal(values_of(held_torch[name].detach()), expected, err_msg=name)
+        np.testing.assert_array_equal(values_of(held_jax[name]), expected, err_msg=name)
     for module in (jax_impl.generate, torch_ref.generate):
         tokens = list(module.make_generator(model, precision, weights)([1, 2, 3], SamplingOptions(max_new_tokens=4)))
         assert len(tokens) == 4

@@ -16,6 +16,8 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 
 PROFILE_AFTER = 3
 """Updates before a trace begins: the first one compiles, the next ones still fill caches."""
+LARGEST_COUNT = 2**14
+"""Layers and heads, whose names are made one by one, are no more than this: beyond any model's."""
 LARGEST_WHOLE = 2**31
 """No whole number of a configuration reaches this: shapes and counts beyond it fit no array."""
 
@@ -182,6 +184,12 @@ class ModelConfig:
         )
         _require_rate(self, "initializer_range", "max_window_layers")
         _require_fraction(self, "dropout")
+        for name in ("num_hidden_layers", "num_attention_heads"):
+            count = getattr(self, name)
+            require(
+                count <= LARGEST_COUNT,
+                f"{name}={count} must be at most {LARGEST_COUNT}, beyond any model's; {_choose(self, name)}.",
+            )
         n, k = self.num_attention_heads, self.num_key_value_heads
         choices = " or ".join(map(str, divisors(n)))
         require(n % k == 0, f"num_attention_heads={n} is not a multiple of num_key_value_heads={k}; choose {choices}.")

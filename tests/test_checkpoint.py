@@ -275,8 +275,10 @@ def test_a_billion_layers_are_refused_before_names_are_made(tmp_path):
     (tmp_path / "folder" / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 10**9}))
     with pytest.raises(UserError, match="num_hidden_layers=1000000000 must be at most"):
         load_folder(tmp_path / "folder")
-    with pytest.raises(UserError, match="too few for num_hidden_layers=1,000,000,000"):
-        check_weights({}, dataclasses.replace(MODEL, num_hidden_layers=10**9))
+    with pytest.raises(UserError, match="too few for num_hidden_layers=16,384"):
+        check_weights({}, dataclasses.replace(MODEL, num_hidden_layers=2**14))
+    with pytest.raises(UserError, match="num_attention_heads=1000000000 must be at most"):
+        dataclasses.replace(MODEL, num_attention_heads=10**9)
 
 
 def test_windows_that_are_not_in_the_last_layers_are_refused():

@@ -353,7 +353,7 @@ def with_one_number(value: float, name: str = "model.layers.0.mlp.down_proj.weig
 KNOWN_BEFORE = {
     "an empty prompt": (with_prompts("a", ""), "--prompts '' has no tokens"),
     "a prompt that fills the model": (with_prompts("fox " * 2000), "leaves no room to go on"),
-    "a prompt that is not Unicode": (with_prompts("a\udcff"), "is not Unicode text"),
+    "a prompt that is not Unicode": (with_prompts("a\udcff"), "is half of a character"),
     "held-out text shorter than a window": (with_data(validation_fraction=0.0001), "the held-out text has"),
     "training text shorter than a window": (with_data(validation_fraction=0.9999), "the training text has"),
     "too few windows to leak": (with_data(split="leaking-windows", max_tokens=9), "leaves one window"),
@@ -392,7 +392,9 @@ def test_prompts_do_not_matter_without_samples_and_the_longest_fits(config, tmp_
 )
 def test_a_place_without_room_or_leave_is_refused(name, answer, message, config, monkeypatch):
     usage = type(shutil.disk_usage("."))
-    monkeypatch.setattr(f"harness.loop.{name}", lambda *args: usage(*answer) if isinstance(answer, tuple) else answer)
+    monkeypatch.setattr(
+        f"harness.preflight.{name}", lambda *args: usage(*answer) if isinstance(answer, tuple) else answer
+    )
     assert message in refusal(config)
 
 
@@ -603,3 +605,16 @@ def test_a_run_has_one_process_at_a_time(config, begun):
     with locked(Path(config.out)) as held:
         assert held
     assert not [path for path in Path(config.out).iterdir() if path.name.startswith(".")]
+
+
+def test_samples_that_cannot_be_written_cost_neither_weights_nor_picture(config, monkeypatch):
+    """Logits may be infinite although every loss was a number; that shows when all else is done."""
+
+    def generate(self, tokens, options):
+        raise UserError("the logits are not finite")
+
+    monkeypatch.setattr(Toy, "generate", generate)
+    train(dataclasses.replace(config, steps=3, sample_tokens=4, prompts=("fox",)))
+    run = Path(config.out)
+    assert (run / "samples.txt").read_text(encoding="utf-8") == "fox [the logits are not finite]\n"
+    assert (run / "loss.png").exists() and (run / "last" / "run.json").is_file()
