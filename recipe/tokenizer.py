@@ -160,7 +160,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     )
     if len(set(ids)) <= max(ids):  # The library numbers an added token by a count, which holes put out of step.
         whole = rust.to_str()
-        again = RustTokenizer.from_str(whole).to_str()
+        try:
+            again = RustTokenizer.from_str(whole).to_str()
+        except Exception as error:  # the library raises bare Exception, for what it wrote itself
+            again = short(str(error))
         require(again == whole, f"tokenizer {source} has holes in its ids, and other ids once it is saved; mend it.")
     named = special_tokens(settings, where)
     candidates = [named.get("eos_token"), *END_NAMES]

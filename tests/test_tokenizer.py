@@ -217,6 +217,23 @@ def test_a_tokenizer_that_would_be_another_once_saved_is_refused(folder):
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_that_could_not_be_read_again_is_refused(folder, trained, monkeypatch):
+    """Damaged files were seen that the library reads, and then cannot read what it wrote of them."""
+
+    class Unreadable:
+        from_file = staticmethod(RustTokenizer.from_file)
+
+        @staticmethod
+        def from_str(text):
+            raise Exception("a merge of nothing")
+
+    monkeypatch.setattr("recipe.tokenizer.RustTokenizer", Unreadable)
+    vocab = {token: number + (number > 9) for token, number in trained["model"]["vocab"].items()}
+    write(folder, trained, file=with_model(trained, vocab=vocab) | {"added_tokens": []})
+    with pytest.raises(UserError, match="holes in its ids, and other ids once it is saved"):
+        load_tokenizer(folder)
+
+
 def test_an_id_that_only_the_post_processor_has_needs_a_row(folder, trained):
     beyond = BOS | {"special_tokens": {"<s>": {"id": "<s>", "ids": [999], "tokens": ["<s>"]}}}
     write(folder, trained, file={"post_processor": beyond})
