@@ -35,7 +35,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.cli import USERS_MISTAKES, one_line
+from harness.cli import one_line
+from harness.failures import USERS_MISTAKES
 from parity_tests.fuzz_mutations import BY_SUFFIX, mutate_bytes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from parity_tests.cases import FLOAT32, FLOAT64, random_tokens, random_weights
 from parity_tests.montecarlo import allowances, amplification
 from parity_tests.one_update import State
 from parity_tests.sides import JaxTraining, TorchModel, TorchTraining
-from parity_tests.test_training import _make_final_norm_infinite, _restore_final_norm
+from parity_tests.test_training import make_final_norm_infinite, restore_final_norm
 from parity_tests.tolerance import check, check_all
 from recipe.config import AdamWConfig, ModelConfig, MuonConfig, RunConfig, ScheduleConfig
 
@@ -177,9 +177,9 @@ def test_after_a_skipped_update_masks_go_on_and_schedule_and_moments_stay(side):
 
     def after():
         training = SIDES[side](RUN, random_weights(MODEL))
-        old = _make_final_norm_infinite(training)
+        old = make_final_norm_infinite(training)
         assert not math.isfinite(training.step(*first)["grad_norm"])
-        _restore_final_norm(training, old)
+        restore_final_norm(training, old)
         metrics = training.step(*batch)
         slots = {(slot, name): a for slot, arrays in training.slots().items() for name, a in arrays.items()}
         return flat(0, metrics, training.weights(), slots)

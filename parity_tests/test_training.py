@@ -65,9 +65,9 @@ def record(training, steps: int = STEPS, *, first: int = 0, poisoned: int | None
     history = []
     for index, (inputs, targets) in enumerate(batches(steps)[first:], start=first):
         if index == poisoned:
-            old = _make_final_norm_infinite(training)
+            old = make_final_norm_infinite(training)
             metrics = training.step(inputs, targets)
-            _restore_final_norm(training, old)
+            restore_final_norm(training, old)
             assert not math.isfinite(metrics.pop("loss") + metrics.pop("grad_norm"))
         else:
             metrics = training.step(inputs, targets)
@@ -187,9 +187,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(side):
     training = side(config(FLOAT64), random_weights(MODEL))
     training.step(*batches()[0])
     before, slots = training.weights(), training.slots()
-    old = _make_final_norm_infinite(training)
+    old = make_final_norm_infinite(training)
     metrics = training.step(*batches()[1])
-    _restore_final_norm(training, old)
+    restore_final_norm(training, old)
     assert not math.isfinite(metrics["grad_norm"]) and metrics["skipped"] == 1
     for name, weight in training.weights().items():
         np.testing.assert_array_equal(weight, before[name])
@@ -202,7 +202,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(side):
     check("lr", np.array(metrics["lr"]), np.array(0.02 * factors[1]), 2 * UNIT_ROUNDOFF["float64"])
 
 
-def _make_final_norm_infinite(training):
+def make_final_norm_infinite(training):
     """Make the final norm's scale infinite and return what it was."""
     if isinstance(training, JaxTraining):
         with jax.enable_x64(True):
@@ -216,7 +216,7 @@ def _make_final_norm_infinite(training):
     return old
 
 
-def _restore_final_norm(training, old) -> None:
+def restore_final_norm(training, old) -> None:
     if isinstance(training, JaxTraining):
         with jax.enable_x64(True):
             training.state.params["model.norm.weight"] = jax.numpy.asarray(old)
