@@ -141,7 +141,7 @@ REFUSED = {
     "a text for prompts": (config(prompts="abc"), "prompts='abc' must be a list"),
     "a wrong type": (config(seed="5"), "seed='5' must be"),
     "a wrong type inside": (config("model", hidden_size=30.0), "hidden_size=30.0 must be"),
-    "a billion layers": (config("model", num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be at most 16384"),
+    "a billion layers": (config("model", num_hidden_layers=10**9), "=1000000000 must be at most 16384"),
     "more layers than the file": (config("model", num_hidden_layers=9999), "too few for num_hidden_layers=9,999"),
 }  # fmt: skip
 
