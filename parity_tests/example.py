@@ -16,7 +16,7 @@ from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from harness import cli
 from parity_tests.compare import compare_modules
-from parity_tests.report import Report
+from parity_tests.compare.report import Report
 
 FEATURES, HIDDEN = 24, 40
 

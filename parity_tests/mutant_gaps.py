@@ -765,7 +765,7 @@ JUDGES = (
     slip(
         "the judge",
         "a value that is not a number passes",
-        "parity_tests.tolerance",
+        "parity_tests.compare.tolerance",
         "if not error <= allowance:",
         "if error > allowance:",
         JUDGE,
@@ -773,7 +773,7 @@ JUDGES = (
     slip(
         "the judge",
         "another shape passes",
-        "parity_tests.tolerance",
+        "parity_tests.compare.tolerance",
         "if value.shape != truth.shape:",
         "if value.size != truth.size:",
         JUDGE,
@@ -781,7 +781,7 @@ JUDGES = (
     slip(
         "the judge",
         "missing names pass",
-        "parity_tests.tolerance",
+        "parity_tests.compare.tolerance",
         "if values.keys() != truths.keys():",
         "if values.keys() - truths.keys():",
         JUDGE,
@@ -789,7 +789,7 @@ JUDGES = (
     slip(
         "the judge",
         "errors are relative to the larger of the two",
-        "parity_tests.tolerance",
+        "parity_tests.compare.tolerance",
         "norm = np.linalg.norm(truth)",
         "norm = max(np.linalg.norm(truth), np.linalg.norm(value))",
         JUDGE,
@@ -797,7 +797,7 @@ JUDGES = (
     slip(
         "the judge",
         "a report looks at its first row alone",
-        "parity_tests.report",
+        "parity_tests.compare.report",
         "for row in self.rows:\n            if row.beyond:",
         "for row in self.rows[:1]:\n            if row.beyond:",
         JUDGE,
@@ -805,16 +805,16 @@ JUDGES = (
     slip(
         "the judge",
         "a row is beyond only if every side is",
-        "parity_tests.report",
+        "parity_tests.compare.report",
         "for side, error in self.errors.items() if not error <= self.allowances[side]]",
         "for side, error in self.errors.items() if error > self.allowances[side]]",
         JUDGE,
     ),
-    slip("the judge", "a safety of ten", "parity_tests.tolerance", "SAFETY = 2.0", "SAFETY = 10.0", JUDGE),
+    slip("the judge", "a safety of ten", "parity_tests.compare.tolerance", "SAFETY = 2.0", "SAFETY = 10.0", JUDGE),
     slip(
         "the judge",
         "an infinite error counts as none",
-        "parity_tests.compare",
+        "parity_tests.compare.functions",
         "(error if math.isfinite(error) else math.inf)",
         "(error if math.isfinite(error) else 0.0)",
         JUDGE,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity_tests.tolerance import SAFETY, relative_error
+from parity_tests.compare.tolerance import SAFETY, relative_error
 from recipe.contract import UNIT_ROUNDOFF, accumulation_of
 
 COEFFS = (3.4445, -4.7750, 2.0315)

@@ -7,7 +7,6 @@ no second tap.
 """
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +22,9 @@ import jax_impl.weights
 import torch_ref.model
 import torch_ref.weights
 from jax_impl import random as jax_random
+from parity_tests.compare.report import Operation
+from parity_tests.compare.torch_side import torch_taps
+from parity_tests.compare.walk import FunctionTap, Walk, to_numpy
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining, x64
 from recipe.params import param_specs
 from torch_ref import random as torch_random
@@ -34,17 +36,6 @@ INPUT_TAPS = {
 }
 """End of a module's path -> what its input is called, where no module puts that tensor out. The cotangent of such a tap
 is what flows back through this module alone."""
-
-
-class FunctionTap(NamedTuple):
-    """A function of a Python module whose results are taps of whichever model's module calls it."""
-
-    owner: Any
-    attribute: str
-    names: tuple[str, ...]
-    """Names of the results of one call, or of successive calls that return one array each."""
-    to_common: Callable[[np.ndarray], np.ndarray] = lambda array: array
-    """From this function's layout to the one that is compared."""
 
 
 ROPE_NAMES = ("q_rope", "k_rope")
@@ -63,66 +54,6 @@ class Taps(NamedTuple):
         """One dict: `forward NAME`, then `backward NAME`, then `gradient NAME`."""
         parts = {"forward": self.forward, "backward": self.backward, "gradient": self.gradients}
         return {f"{phase} {name}": array for phase, arrays in parts.items() for name, array in arrays.items()}
-
-
-class _Walk:
-    """Where execution stands: the modules entered and the names given so far."""
-
-    def __init__(self, record: Callable[[str, Any, Callable], Any], is_array: Callable[[Any], bool]) -> None:
-        self.record, self.is_array = record, is_array
-        self.path: list[str] = []
-        self.names: set[str] = set()
-        self.calls: dict[tuple[str, str], int] = {}
-        self.last: Any = None
-
-    def tap(self, name: str, value, to_common: Callable = lambda array: array):
-        """Record an array under a name not yet taken; returns what the model is to go on with."""
-        numbered = (f"{name}#{call}" for call in itertools.count(2))
-        unique = next(one for one in itertools.chain([name], numbered) if one not in self.names)
-        self.names.add(unique)
-        return self.record(unique, value, to_common)
-
-    def enter(self, path: str, args: tuple) -> tuple:
-        """A module is about to run on these positional arguments; returns those that it is to have."""
-        self.path.append(path)
-        for end, name in INPUT_TAPS.items():
-            if ("." + path).endswith("." + end) and args:
-                return (self.tap(path.removesuffix(end) + name, args[0]), *args[1:])
-        return args
-
-    def leave(self, path: str, out):
-        """A module has returned `out`; returns what its caller is to see."""
-        self.path.pop()
-        value = out[0] if isinstance(out, tuple) and out else out
-        if not self.is_array(value) or value is self.last:
-            return out
-        self.last = self.tap(path or "output", value)
-        return (self.last, *out[1:]) if isinstance(out, tuple) else self.last
-
-    def wrap(self, tap: FunctionTap, original: Callable) -> Callable:
-        """The function, its results tapped under the module that is running."""
-
-        def function(*args, **kwargs):
-            out = original(*args, **kwargs)
-            here = self.path[-1] + "." if self.path else ""
-            if isinstance(out, tuple):
-                pairs = zip(tap.names, out, strict=True)
-                return tuple(self.tap(here + name, value, tap.to_common) for name, value in pairs)
-            call = self.calls.get((here, tap.attribute), 0)
-            self.calls[here, tap.attribute] = call + 1
-            return self.tap(here + tap.names[call % len(tap.names)], out, tap.to_common)
-
-        return function
-
-    @contextlib.contextmanager
-    def functions(self, taps: Iterable[FunctionTap]) -> Iterator[None]:
-        """Context in which these functions are tapped."""
-        with contextlib.ExitStack() as stack:
-            for tap in taps:
-                original = getattr(tap.owner, tap.attribute)
-                setattr(tap.owner, tap.attribute, self.wrap(tap, original))
-                stack.callback(setattr, tap.owner, tap.attribute, original)
-            yield
 
 
 @contextlib.contextmanager
@@ -146,7 +77,7 @@ def jax_taps(
     def is_array(value):
         return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
 
-    walk = _Walk(record, is_array)
+    walk = Walk(record, is_array, inputs=INPUT_TAPS)
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     kinds = {type(module) for _, module in nnx.iter_modules(model)}
     originals = {kind: kind.__call__ for kind in kinds if any("__call__" in vars(base) for base in kind.__mro__)}
@@ -167,40 +98,6 @@ def jax_taps(
             stack.callback(*((setattr, kind, "__call__", original) if own else (delattr, kind, "__call__")))
             kind.__call__ = tapped(original)
         yield taps
-
-
-@contextlib.contextmanager
-def torch_taps(module: torch.nn.Module, *, functions: Iterable[FunctionTap] = ()) -> Iterator[tuple[Arrays, Arrays]]:
-    """Context in which calling `module` fills the first yielded dict and a backward pass, in its order, the second."""
-    forward: Arrays = {}
-    backward: Arrays = {}
-
-    def record(name, value, to_common):
-        # A view of the same values: its gradient is what flows through this tap, whoever else reads the original.
-        value = value.view_as(value)
-        forward[name] = to_common(to_numpy(value))
-        if value.requires_grad:
-            value.register_hook(lambda grad: backward.__setitem__(name, to_common(to_numpy(grad))))
-        return value
-
-    walk = _Walk(record, lambda value: isinstance(value, torch.Tensor) and value.is_floating_point())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(walk.functions(functions))
-        for path, part in module.named_modules():
-            before = part.register_forward_pre_hook(lambda _, args, path=path: walk.enter(path, args))
-            after = part.register_forward_hook(lambda _, args, out, path=path: walk.leave(path, out))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        yield forward, backward
-
-
-def to_numpy(value) -> np.ndarray:
-    """A copy in NumPy; bfloat16, which NumPy lacks, is widened to float32."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.bfloat16 else value.clone()).numpy()
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def trace_jax(
@@ -275,7 +172,10 @@ def torch_model_taps(
     key = None if dropout_seed is None else torch_random.key(dropout_seed)
     inputs, targets = torch.tensor(inputs_BT), torch.tensor(targets_BT).long()
     side.module.zero_grad()
-    with torch_taps(side.module, functions=[TORCH_ROPE]) as (forward, cotangents), torch.set_grad_enabled(backward):
+    with (
+        torch_taps(side.module, functions=[TORCH_ROPE], inputs=INPUT_TAPS) as (forward, cotangents),
+        torch.set_grad_enabled(backward),
+    ):
         loss = side.module.loss(inputs, targets, dropout_key=key)
         if backward:
             loss.backward()
@@ -290,7 +190,10 @@ def transformers_taps(model, inputs_BT: np.ndarray, targets_BT: np.ndarray, *, b
     rope = FunctionTap(owner, "apply_rotary_pos_emb", ROPE_NAMES, lambda x_BNTH: x_BNTH.transpose(0, 2, 1, 3))
     inputs, targets = torch.tensor(inputs_BT).long(), torch.tensor(targets_BT).long()
     model.zero_grad()
-    with torch_taps(model.model, functions=[rope]) as (forward, cotangents), torch.set_grad_enabled(backward):
+    with (
+        torch_taps(model.model, functions=[rope], inputs=INPUT_TAPS) as (forward, cotangents),
+        torch.set_grad_enabled(backward),
+    ):
         # Tapped from the inner model on, so that what we call logits and loss is its own head's.
         logits = model(input_ids=inputs, use_cache=False).logits
         loss = model.loss_function(logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets)
@@ -323,13 +226,6 @@ def training_taps(training: JaxTraining | TorchTraining, batches: Iterable[tuple
         entry |= {f"parameter {name}": array for name, array in after.items()}
         record |= {f"step {step} {name}": array for name, array in entry.items()}
     return record
-
-
-class Operation(NamedTuple):
-    """What computes a tap: in words, and the taps it reads."""
-
-    text: str
-    inputs: tuple[str, ...]
 
 
 _PRODUCT = "x W^T"

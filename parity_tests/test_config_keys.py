@@ -32,9 +32,10 @@ from harness.folders import load_folder, save_folder
 from harness.hf_config import FIELDS, HARMLESS, NEUTRAL, RESERVED, from_hf_config
 from parity_tests import twins
 from parity_tests.cases import FLOAT32, FLOAT64, random_tokens, random_weights
-from parity_tests.montecarlo import allowances, amplification, rounded_rope_tables
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import relative_error
+from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import TorchModel
-from parity_tests.tolerance import relative_error
 from recipe.config import ModelConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.reading import read_json

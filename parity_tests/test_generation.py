@@ -20,9 +20,9 @@ from harness.hf_config import to_hf_config
 from jax_impl import random as jax_random
 from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, VARIANTS, random_tokens, random_weights
-from parity_tests.montecarlo import allowances, amplification
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import check
 from parity_tests.sides import TorchModel, x64
-from parity_tests.tolerance import check
 from recipe.config import UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.sampling import NO_TOKEN, SamplingOptions

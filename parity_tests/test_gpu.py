@@ -20,10 +20,10 @@ import torch_ref.attention
 import torch_ref.muon
 from parity_tests import test_model, test_muon, test_newton_schulz, test_training
 from parity_tests.cases import BFLOAT16, FLOAT32, PRECISIONS, random_weights
-from parity_tests.montecarlo import allowances, amplification
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import SAFETY, check, check_all, relative_error
 from parity_tests.newton_schulz_error import allowance, newton_schulz
 from parity_tests.sides import JaxModel, JaxTraining, TorchModel, TorchTraining
-from parity_tests.tolerance import SAFETY, check, check_all, relative_error
 from recipe.config import PrecisionConfig
 from recipe.contract import UNIT_ROUNDOFF
 

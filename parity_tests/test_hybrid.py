@@ -13,8 +13,8 @@ import jax_impl.weights
 import torch_ref.muon
 import torch_ref.weights
 from parity_tests.cases import FLOAT64, VARIANTS, random_weights
+from parity_tests.compare.tolerance import SAFETY, check
 from parity_tests.newton_schulz_error import allowance
-from parity_tests.tolerance import SAFETY, check
 from recipe.config import AdamWConfig, MuonConfig
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import param_counts, param_specs

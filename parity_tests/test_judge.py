@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import example, tolerance
-from parity_tests.compare import compare, own_error_allowances
-from parity_tests.montecarlo import SEEDS, allowances, amplification, rounded
-from parity_tests.report import Report, Row
-from parity_tests.tolerance import SAFETY, check, check_all, relative_error
-from recipe.config import UserError
+from parity_tests import example
+from parity_tests.compare import tolerance
+from parity_tests.compare.errors import CompareError
+from parity_tests.compare.functions import compare, own_error_allowances
+from parity_tests.compare.montecarlo import SEEDS, allowances, amplification, rounded
+from parity_tests.compare.report import Report, Row
+from parity_tests.compare.tolerance import SAFETY, check, check_all, relative_error
 from recipe.contract import UNIT_ROUNDOFF
 
 LIMIT = 2.0**-20
@@ -121,8 +122,10 @@ def test_names_must_be_the_same(names):
 def test_nothing_is_no_comparison():
     with pytest.raises(AssertionError, match="nothing to compare"):
         check_all({}, {}, LIMIT)
-    with pytest.raises(UserError, match="no name is common"):
+    with pytest.raises(CompareError, match="the reference returns nothing"):
         compare(lambda dtype: {}, lambda dtype: {}, dtypes=["float64"])
+    with pytest.raises(CompareError, match="the candidate returns nothing"):
+        compare(lambda dtype: {"x": TRUTH}, lambda dtype: {}, dtypes=["float64"])
 
 
 def test_an_allowance_may_differ_by_name():

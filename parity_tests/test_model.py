@@ -23,9 +23,10 @@ from parity_tests.cases import (
     random_tokens,
     random_weights,
 )
-from parity_tests.montecarlo import allowances, amplification, rounded, rounded_rope_tables
+from parity_tests.compare.montecarlo import allowances, amplification, rounded
+from parity_tests.compare.tolerance import SAFETY, check, check_all, relative_error
+from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, TorchModel
-from parity_tests.tolerance import SAFETY, check, check_all, relative_error
 from recipe.config import ModelConfig
 from recipe.params import param_specs
 

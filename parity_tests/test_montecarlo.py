@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.montecarlo import allowances, amplification, rounded, rounding_noise
-from parity_tests.tolerance import relative_error
+from parity_tests.compare.montecarlo import allowances, amplification, rounded, rounding_noise
+from parity_tests.compare.tolerance import relative_error
 from recipe.contract import UNIT_ROUNDOFF
 
 U = 2.0**-24

@@ -10,8 +10,8 @@ import torch
 import jax_impl.backend
 import jax_impl.muon
 import torch_ref.muon
+from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance
-from parity_tests.tolerance import SAFETY, check, relative_error
 from recipe.contract import UNIT_ROUNDOFF
 
 STEPS = 8

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import torch_ref.muon
+from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance, newton_schulz
-from parity_tests.tolerance import SAFETY, check, relative_error
 from recipe.contract import UNIT_ROUNDOFF
 
 BETA, EPS, STEPS = 0.95, 1e-7, 5

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from jax_impl.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
+from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance, bias_allowance, newton_schulz
-from parity_tests.tolerance import SAFETY, check, relative_error
 from recipe.contract import UNIT_ROUNDOFF
 from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 

@@ -7,9 +7,9 @@ import torch
 import torch_ref.attention
 import torch_ref.muon
 from benchmarks import notebook
-from parity_tests.montecarlo import allowances, amplification
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import check, check_all
 from parity_tests.newton_schulz_error import allowance
-from parity_tests.tolerance import check, check_all
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["SDPA", "explicit"])

@@ -17,11 +17,11 @@ import torch_ref.train
 from harness.cli import leaves
 from parity_tests import one_update
 from parity_tests.cases import FLOAT32, FLOAT64, random_tokens, random_weights
-from parity_tests.montecarlo import allowances, amplification
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import check, check_all
 from parity_tests.one_update import State
 from parity_tests.sides import JaxTraining, TorchModel, TorchTraining
 from parity_tests.test_training import make_final_norm_infinite, restore_final_norm
-from parity_tests.tolerance import check, check_all
 from recipe.config import AdamWConfig, ModelConfig, MuonConfig, RunConfig, ScheduleConfig
 
 # No two sizes alike, so that no swapped axis survives; a few hundred parameters, because each costs a forward pass.

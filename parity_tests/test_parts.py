@@ -20,9 +20,10 @@ import torch_ref.model
 from jax_impl import random as jax_random
 from jax_impl.weights import bind, flax_path
 from parity_tests.cases import AWKWARD, PRECISIONS, random_weights
-from parity_tests.montecarlo import allowances, amplification, rounded, rounded_rope_tables
+from parity_tests.compare.montecarlo import allowances, amplification, rounded
+from parity_tests.compare.tolerance import SAFETY, check_all, relative_error
+from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, x64
-from parity_tests.tolerance import SAFETY, check_all, relative_error
 from recipe.config import PrecisionConfig
 from recipe.params import param_specs
 from torch_ref import random as torch_random

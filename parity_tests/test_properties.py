@@ -19,9 +19,9 @@ from jax_impl import random as jax_random
 from jax_impl.backend import machine
 from jax_impl.weights import bind
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, ROWS, random_tokens, random_weights
-from parity_tests.montecarlo import allowances, amplification
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import check, check_all, relative_error
 from parity_tests.sides import Arrays, JaxModel, TorchModel
-from parity_tests.tolerance import check, check_all, relative_error
 from torch_ref import random as torch_random
 
 MODEL = dataclasses.replace(AWKWARD, num_hidden_layers=2)

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from harness.folders import load_folder
 from parity_tests.cases import FLOAT32, FLOAT64
+from parity_tests.compare.tolerance import check
 from parity_tests.sides import JaxModel, TorchModel
 from parity_tests.test_transformers import joint_allowances
-from parity_tests.tolerance import check
 
 pytestmark = [pytest.mark.realweights, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,11 +20,12 @@ import jax_impl.products
 import parity_tests.sides
 from harness.folders import save_folder
 from parity_tests import example, twins
-from parity_tests import report as report_module
 from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
-from parity_tests.compare import compare
+from parity_tests.compare.errors import CompareError
+from parity_tests.compare.functions import compare
+from parity_tests.compare import report as report_module
+from parity_tests.compare.report import EXACT, INFINITE, Report, Row
 from parity_tests.contract import process_contract
-from parity_tests.report import EXACT, INFINITE, Report, Row
 from recipe.config import UserError
 from recipe.contract import MUST_AGREE, require_same
 
@@ -301,11 +302,19 @@ def test_names_without_a_partner_are_told():
         values = chain(dtype)
         return {"a": values["a"], "second": values["b"], "extra": values["c"]}
 
-    found = compare(chain, partial, name_map={"second": "b"})
-    assert found.exit_code == 0
+    found = compare(chain, partial, name_map={"second": "b", "third": "d"})
     assert {row.name for row in found.rows} == {"a", "b"}
-    assert found.notes == ["only in the reference, not compared: c", "only in the candidate, not compared: extra"]
-    with pytest.raises(UserError, match="no name is common"):
+    assert found.exit_code == 1 and found.headline == "Incomplete" and found.coverage.tensors == (2, 4)
+    for text in (
+        "tensors only in the candidate: extra",
+        "only in the reference: c",
+        "key 'third' is nothing",
+        "'d' is",
+    ):
+        assert text in found.verdict()
+    accepted = compare(chain, partial, name_map={"second": "b"}, partial=True)
+    assert accepted.exit_code == 0 and "no divergence: 2 of 4 tensors compared" in accepted.verdict()
+    with pytest.raises(CompareError, match="no name is common"):
         compare(chain, lambda dtype: {"x": chain(dtype)["a"]})
 
 

@@ -54,7 +54,7 @@ def test_tolerances_are_derived():
         for line, text in tolerances(source):
             sites.setdefault(f"{path.relative_to(ROOT)} {function_of(source, line)}", []).append(f"{line}: {text}")
     unexpected = {site: texts for site, texts in sites.items() if site not in ALLOWED}
-    assert not unexpected, "derive these from unit round-off (parity_tests/tolerance.py)"
+    assert not unexpected, "derive these from unit round-off (parity_tests/compare/tolerance.py)"
     assert sites.keys() == ALLOWED.keys(), "the list names a place that is gone"
 
 

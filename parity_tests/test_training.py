@@ -21,8 +21,8 @@ import torch
 from jax_impl.train import make_train_step
 from parity_tests import sides, whole_run
 from parity_tests.cases import AWKWARD, BFLOAT16, FLOAT32, FLOAT64, random_tokens, random_weights, run_config
+from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.sides import JaxTraining, TorchTraining
-from parity_tests.tolerance import SAFETY, check, relative_error
 from recipe.config import AdamWConfig, MuonConfig, PrecisionConfig
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.schedule import learning_rate_factors

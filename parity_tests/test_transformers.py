@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qw
 
 from harness.folders import load_folder, save_folder
 from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, random_tokens, random_weights
-from parity_tests.montecarlo import allowances, amplification, rounded_rope_tables
+from parity_tests.compare.montecarlo import allowances, amplification
+from parity_tests.compare.tolerance import check, check_all
+from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, TorchModel
-from parity_tests.tolerance import check, check_all
 from recipe.config import ModelConfig
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import param_specs

@@ -23,11 +23,13 @@ import torch_ref.muon
 import torch_ref.train
 from harness.folders import find_weights, load_folder
 from harness.hf_config import to_hf_config
+from harness.surroundings import git_commit, installed_versions
 from parity_tests.cases import PRECISIONS, random_tokens, random_weights
-from parity_tests.compare import make_rows
+from parity_tests.compare.functions import make_rows
+from parity_tests.compare.montecarlo import SEEDS, allowances, amplification, noise_of, rounded
+from parity_tests.compare.report import Report
 from parity_tests.contract import process_contract
-from parity_tests.montecarlo import SEEDS, allowances, amplification, noise_of, rounded, rounded_rope_tables
-from parity_tests.report import Report
+from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining, x64
 from parity_tests.taps import (
     jax_model_taps,
@@ -160,7 +162,10 @@ def compare_subject(subject: Subject, dtypes: Sequence[str], *, title: str, sett
             "transformers is not compared in float64: its norms, RoPE and softmax compute in float32 there too"
         )
     settings = {**(settings or {}), "parameters": sum(weight.size for weight in subject.weights.values())}
-    return Report(title, rows, contracts, settings, notes)
+    recorded = {side: dataclasses.asdict(contract) for side, contract in contracts.items()}
+    return Report(
+        title, rows, recorded, settings, notes, about={"commit": git_commit(), "versions": installed_versions()}
+    )
 
 
 def make_subject(options: TwinOptions) -> Subject:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from harness import cli
 from harness.surroundings import git_commit, installed_versions
 from parity_tests.cases import AWKWARD, BFLOAT16, FLOAT32, FLOAT64, run_config
+from parity_tests.compare.tolerance import relative_error
 from parity_tests.sides import Arrays, JaxTraining, TorchTraining
-from parity_tests.tolerance import relative_error
 from recipe.config import AdamWConfig, MuonConfig, PrecisionConfig, RunConfig, require
 from recipe.params import init_params
 

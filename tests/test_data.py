@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from parity_tests.tolerance import check
+from parity_tests.compare.tolerance import check
 from recipe.baselines import ngram_baselines
 from recipe.config import DataConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF

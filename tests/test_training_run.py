@@ -15,7 +15,7 @@ import pytest
 from harness.folders import load_folder
 from harness.runlog import read_metrics
 from harness.state import load_state
-from parity_tests.tolerance import check
+from parity_tests.compare.tolerance import check
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.tokenizer import load_tokenizer
 

@@ -17,9 +17,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch_ref.model
-from parity_tests.tolerance import SAFETY, relative_error
-from recipe.contract import UNIT_ROUNDOFF, accumulation_of
+from parity_tests.compare.precision import UNIT_ROUNDOFF, accumulation_of
+from parity_tests.compare.tolerance import SAFETY, relative_error, wide
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,9 +32,11 @@ SMALLEST_NOISE = 2.0**-24
 
 _EXACT = frozenset(
     """
-    _reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat clamp_min clone constant_pad_nd copy_
-    embedding empty empty_like empty_strided expand_copy fill_ flip full full_like gather index index_select
-    isinf isnan lift_fresh masked_fill masked_fill_ max maximum min minimum neg new_empty new_empty_strided
+    _reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat ceil clamp clamp_max clamp_min clone
+    constant_pad_nd copy_
+    embedding empty empty_like empty_strided expand_copy fill_ flip floor full full_like gather hardtanh index
+    index_select isinf isnan lift_fresh masked_fill masked_fill_ max max_pool2d_with_indices maximum min minimum neg
+    new_empty new_empty_strided
     new_full new_ones new_zeros ones ones_like relu repeat resize_ roll scalar_tensor scatter select_backward
     select_scatter sgn sign slice_backward slice_scatter stack threshold_backward tril triu where zero_ zeros
     zeros_like
@@ -59,7 +60,34 @@ def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
         return args[0].shape[args[2]]
     if name == "embedding_dense_backward":
         return int(torch.bincount(args[1].flatten()).max())
+    if name == "convolution":
+        return args[1][0].numel()
+    if name == "convolution_backward":
+        # Of the weight and the bias: every place of the output. Of the input: as many as the kernel has.
+        small = out.shape == args[2].shape or out.ndim == 1
+        return args[0].numel() // args[0].shape[1] if small else args[2].numel() // args[2].shape[1]
+    if name in ("avg_pool2d", "avg_pool3d"):
+        return math.prod(args[1])
+    if name == "cumsum":
+        return args[0].shape[args[1]] if args[0].ndim else 0
     return 0
+
+
+_FUSED = """
+    _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data elu elu_backward gelu gelu_backward glu
+    glu_backward hardsigmoid hardswish hardswish_backward leaky_relu_backward log_sigmoid_forward logsumexp mish
+    mish_backward native_batch_norm native_batch_norm_backward native_group_norm native_group_norm_backward
+    native_layer_norm native_layer_norm_backward sigmoid_backward silu silu_backward softplus softplus_backward
+    tanh_backward _native_batch_norm_legit _native_batch_norm_legit_no_training
+    """.split()
+"""Operations that torch computes in one go and a port in several, each of which rounds."""
+
+
+@functools.cache
+def _decompositions() -> dict:
+    """The operations above by what they are made of."""
+    packets = [getattr(torch.ops.aten, name) for name in _FUSED if hasattr(torch.ops.aten, name)]
+    return torch._decomp.get_decompositions(packets)
 
 
 @functools.cache
@@ -71,12 +99,21 @@ def _kind(func) -> tuple[str, bool, bool]:
     return name, is_view or name in _EXACT, any(alias is not None for alias in aliases)
 
 
-class _RoundingNoise(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A dispatch mode that leaves torch.compile's machinery, seconds to import, where it is."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _RoundingNoise(Mode):
     """Multiplies what arithmetic returns or writes by its noise."""
 
-    def __init__(self, u: float, u_accumulator: float, seed: int) -> None:
+    def __init__(self, u: float, u_accumulator: float, seed: int, decompose: bool) -> None:
         super().__init__()
         self.u, self.u_accumulator = u, u_accumulator
+        self.parts = _decompositions() if decompose else {}
         self.generator = torch.Generator().manual_seed(seed)
 
     def noise(self, shape, amplitude: float) -> torch.Tensor:
@@ -84,6 +121,9 @@ class _RoundingNoise(TorchDispatchMode):
         return 1.0 + amplitude * (2.0 * uniform - 1.0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.parts:
+            with self:
+                return self.parts[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name, exact, in_place = _kind(func)
         if exact:
@@ -109,9 +149,14 @@ _active: list[_RoundingNoise] = []
 
 
 @contextlib.contextmanager
-def rounding_noise(u: float, seed: int, *, u_accumulator: float | None = None) -> Iterator[None]:
-    """Context in which torch's float64 arithmetic rounds at random to u; sums accumulate in u_accumulator (else u)."""
-    mode = _RoundingNoise(u, u if u_accumulator is None else u_accumulator, seed)
+def rounding_noise(
+    u: float, seed: int, *, u_accumulator: float | None = None, decompose: bool = False
+) -> Iterator[None]:
+    """Context in which torch's float64 arithmetic rounds at random to u; sums accumulate in u_accumulator (else u).
+
+    With `decompose` a fused operation (a softmax, a norm, GELU) rounds at each operation that it is made of.
+    """
+    mode = _RoundingNoise(u, u if u_accumulator is None else u_accumulator, seed, decompose)
     _active.append(mode)
     try:
         with mode:
@@ -137,6 +182,11 @@ def noise_of(dtype: str, compute: str) -> Iterator[None]:
         mode.u, mode.u_accumulator = before
 
 
+def is_active() -> bool:
+    """Whether the caller runs under `rounding_noise`."""
+    return bool(_active)
+
+
 def rounded(x: np.ndarray, roundings: float = 1.0) -> np.ndarray:
     """x as a cast to the dtype in question leaves it: noise of `roundings` times u under `rounding_noise`, else x."""
     if not _active:
@@ -146,44 +196,20 @@ def rounded(x: np.ndarray, roundings: float = 1.0) -> np.ndarray:
         return x * mode.noise(x.shape, roundings * mode.u).numpy()
 
 
-@contextlib.contextmanager
-def rounded_rope_tables(frequency_roundings: float = 0.0) -> Iterator[None]:
-    """Context in which torch_ref's cosines and sines pass through `rounded`, as a cast from float64 would.
-
-    With `frequency_roundings` the rotary frequencies carry so many roundings too and their products with the positions
-    one more, as in a table that was computed in the lower precision; both grow with the position.
-    """
-    original = torch_ref.model.rope_table
-
-    def rope_table(config, length):
-        cos_TR, sin_TR = original(config, length)
-        if _active and frequency_roundings and length > 1:
-            # The angle at position 1 is the frequency, at most 1.
-            frequencies_R = rounded(np.arctan2(sin_TR[1], cos_TR[1]), frequency_roundings)
-            angles_TR = rounded(np.arange(length)[:, None] * frequencies_R)
-            cos_TR, sin_TR = np.cos(angles_TR), np.sin(angles_TR)
-        return rounded(cos_TR), rounded(sin_TR)
-
-    torch_ref.model.rope_table = rope_table
-    try:
-        yield
-    finally:
-        torch_ref.model.rope_table = original
-
-
 def amplification(
-    compute: Callable[[], Arrays], dtype: str = "float64", *, seeds: Iterable[int] = SEEDS
+    compute: Callable[[], Arrays], dtype: str = "float64", *, seeds: Iterable[int] = SEEDS, decompose: bool = False
 ) -> tuple[Arrays, dict[str, float]]:
     """What `compute` gives in float64, and kappa of each array: the largest relative error over the seeds, over u.
 
     `compute` calls torch in float64; what it would cast to a lower precision on the way in, it passes to `rounded`.
+    `decompose`: see `rounding_noise`.
     """
-    truths = {name: np.array(truth, np.float64) for name, truth in compute().items()}
+    truths = {name: wide(truth) for name, truth in compute().items()}
     u = max(UNIT_ROUNDOFF[dtype], SMALLEST_NOISE)
     u_accumulator = u * UNIT_ROUNDOFF[accumulation_of(dtype)] / UNIT_ROUNDOFF[dtype]
     kappas = dict.fromkeys(truths, 0.0)
     for seed in seeds:
-        with rounding_noise(u, seed, u_accumulator=u_accumulator):
+        with rounding_noise(u, seed, u_accumulator=u_accumulator, decompose=decompose):
             noisy = compute()
         for name, truth in truths.items():
             kappas[name] = max(kappas[name], relative_error(noisy[name], truth) / u)

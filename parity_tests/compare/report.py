@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from harness.surroundings import git_commit, installed_versions
-from parity_tests.contract import PrecisionContract
+from parity_tests.compare.precision import versions
 
 COLOURS = {
     "jax": "#1f77b4",
@@ -53,6 +52,49 @@ class Row:
         """The side's error over its allowance; 0 of an exact tensor, whatever its allowance."""
         error, allowance = self.errors[side], self.allowances[side]
         return error / allowance if allowance else (math.inf if error else 0.0)
+
+    def with_allowance(self, side: str, allowance: float) -> "Row":
+        """The row with another allowance for one side."""
+        return dataclasses.replace(self, allowances={**self.allowances, side: allowance})
+
+
+class Operation(NamedTuple):
+    """What computes a tensor: in words, and the tensors it reads."""
+
+    text: str
+    inputs: tuple[str, ...]
+
+
+class Coverage(NamedTuple):
+    """How much of two models was compared: (compared, of so many) by kind, and what was left out."""
+
+    parameters: tuple[int, int] | None = None
+    outputs: tuple[int, int] | None = None
+    gradients: tuple[int, int] | None = None
+    tensors: tuple[int, int] | None = None
+    """Of two functions, whose arrays are of no known kind."""
+    only_jax: tuple[str, ...] = ()
+    """Parameters (or tensors of two functions) without a partner."""
+    only_torch: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    """Rules that match nothing."""
+    sides: tuple[str, str] = ("JAX", "torch")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has a partner and every rule a use."""
+        return not (self.only_jax or self.only_torch or self.problems)
+
+    def text(self) -> str:
+        """`12 of 12 parameters, 31 of 34 outputs, 12 of 12 gradients compared`."""
+        counts = [(kind, getattr(self, kind)) for kind in ("parameters", "outputs", "gradients", "tensors")]
+        return ", ".join(f"{count[0]} of {count[1]} {kind}" for kind, count in counts if count) + " compared"
+
+    def missing(self) -> list[str]:
+        """A line for each way in which it is not complete."""
+        what = "tensors" if self.parameters is None else "parameters"
+        alone = zip(self.sides, (self.only_jax, self.only_torch), strict=True)
+        return [*(f"{what} only in {side}: {', '.join(names)}" for side, names in alone if names), *self.problems]
 
 
 class Summary(NamedTuple):
@@ -107,10 +149,23 @@ class Report:
     title: str
     rows: list[Row]
     """In execution order, one dtype after the other."""
-    contracts: dict[str, PrecisionContract] = dataclasses.field(default_factory=dict)
+    contracts: dict[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """By side, what it computed with."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     """What a reader must know to judge the numbers, tensors that had no partner included."""
+    coverage: Coverage | None = None
+    """How much was compared, where that is known."""
+    partial: bool = False
+    """Whether an incomplete coverage is what was asked for."""
+    explained: str = ""
+    """What a float32 constant or cast on one side explains, if anything had to be."""
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Versions of the libraries, the date, and what else the maker knows (a commit)."""
+
+    def __post_init__(self) -> None:
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        object.__setattr__(self, "about", {"commit": None, "date": date, "versions": versions()} | self.about)
 
     @functools.cached_property
     def first_divergence(self) -> Divergence | None:
@@ -122,22 +177,56 @@ class Report:
         return None
 
     @property
+    def incomplete(self) -> bool:
+        """Whether something was left out that nobody allowed to be."""
+        return self.coverage is not None and not self.partial and not self.coverage.complete
+
+    @property
     def exit_code(self) -> int:
-        """0 if every tensor is within its allowance, 1 otherwise."""
-        return 0 if self.first_divergence is None else 1
+        """0 if every tensor is within its allowance and nothing was left out, 1 otherwise."""
+        return 0 if self.first_divergence is None and not self.incomplete else 1
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one word."""
+        if self.first_divergence is not None:
+            return "Divergence"
+        return "Incomplete" if self.incomplete else "Equal"
 
     def verdict(self) -> str:
-        """The first divergence, or one line that says there is none."""
-        if self.first_divergence is not None:
-            return self.first_divergence.text()
-        tensors = {(row.dtype, row.name) for row in self.rows}
-        return f"no divergence: all {len(tensors)} tensors within what rounding explains"
+        """One line, and what follows from it: the first divergence, what was left out."""
+        lines = [self.first_divergence.text()] if self.first_divergence is not None else []
+        if self.first_divergence is None:
+            tensors = {(row.dtype, row.name) for row in self.rows}
+            lines = [f"no divergence: all {len(tensors)} tensors within what rounding explains"]
+        if self.coverage is not None:
+            dtypes = ", ".join(dict.fromkeys(row.dtype for row in self.rows if phase_of(row.name) != "weight"))
+            how = f"{self.coverage.text()} in {dtypes}"
+            if self.first_divergence is not None:
+                lines.append(f"  {how}")
+            elif self.incomplete:
+                lines = [f"incomplete: {how}; what was compared agrees"]
+            else:
+                lines = [f"no divergence: {how}, all within what rounding explains"]
+            if self.explained:
+                lines.append(f"  {self.explained}")
+            if self.incomplete:
+                lines += [f"  {line}" for line in self.coverage.missing()]
+                lines.append("  remedy: say in rules which belong together, or pass partial=True")
+        return "\n".join(lines)
 
-    @functools.cached_property
-    def about(self) -> dict[str, Any]:
-        """What was compared when: commit, date, versions of the libraries."""
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {"commit": git_commit(), "date": date, "versions": installed_versions()}
+    def worst(self, most: int = 5) -> list[tuple[Row, str]]:
+        """The tensors nearest to their allowance or furthest beyond it, with the side, worst first."""
+        pairs = [(row, side) for row in self.rows for side in row.errors if row.allowances[side] < math.inf]
+        return sorted(pairs, key=lambda pair: -pair[0].share(pair[1]))[:most]
+
+    def worst_text(self, most: int = 5) -> str:
+        """Those as a table: error over allowance."""
+        lines = ["nearest to their allowance, or furthest beyond it:"]
+        for row, side in self.worst(most):
+            times = f"{row.errors[side]:.2e} / {row.allowances[side]:.2e} = {row.share(side):.2e}"
+            lines.append(f"  {row.dtype:9} {side:9} {times}  {row.name}")
+        return "\n".join(lines)
 
     def summary(self) -> list[Summary]:
         """A line per dtype, phase and side."""
@@ -175,11 +264,13 @@ class Report:
             found |= {"error": row.errors[side], "allowance": row.allowances[side], "inputs": list(row.inputs)}
         values = {
             "title": self.title,
-            "equal": divergence is None,
+            "equal": self.exit_code == 0,
+            "verdict": self.verdict(),
+            "coverage": None if self.coverage is None else self.coverage._asdict(),
             "first_divergence": found,
             **self.about,
             "settings": self.settings,
-            "contracts": {side: dataclasses.asdict(contract) for side, contract in self.contracts.items()},
+            "contracts": {side: dict(contract) for side, contract in self.contracts.items()},
             "notes": self.notes,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
@@ -201,21 +292,24 @@ class Report:
         return _template().render(
             title=self.title,
             equal=self.exit_code == 0,
+            headline=self.headline,
             verdict=self.verdict(),
             about=self.about,
             summary=self.summary(),
             notes=self.notes,
             images=images,
-            contracts={side: dataclasses.asdict(contract) for side, contract in self.contracts.items()},
-            fields=[field.name for field in dataclasses.fields(PrecisionContract) if field.name != "side"],
+            contracts={side: dict(contract) for side, contract in self.contracts.items()},
+            fields=list(dict.fromkeys(name for one in self.contracts.values() for name in one if name != "side")),
+            worst=self.worst(),
             settings=json.dumps(_finite(self.settings)),
             sides=list(dict.fromkeys(side for row in self.rows for side in row.errors)),
             rows=self.rows,
         )
 
     def show(self, folder: str | Path = "") -> None:
-        """Print table, verdict and notes; with a folder, write the report there too."""
-        print(self.table(), self.verdict(), *(f"note: {note}" for note in self.notes), sep="\n")
+        """Print verdict, worst tensors, table and notes; with a folder, write the report there too."""
+        notes = [f"note: {note}" for note in self.notes]
+        print(self.verdict(), self.worst_text(), self.table(), *notes, sep="\n")
         for path in self.write(folder) if folder else ():
             print(f"wrote {path}")
 

@@ -1,0 +1,367 @@
+"""The torch side of a comparison: a copy of a module in a dtype, tapped while it runs forward and backward."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from parity_tests.compare.errors import CompareError, first_line, require, some
+from parity_tests.compare.montecarlo import Mode, rounded
+from parity_tests.compare.precision import UNIT_ROUNDOFF
+from parity_tests.compare.program import is_exact
+from parity_tests.compare.rules import TorchTensor
+from parity_tests.compare.walk import LOSS, Arrays, FunctionTap, Walk, flatten_output, to_numpy
+
+Objective = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+def is_inexact(value) -> bool:
+    """Whether it is a tensor of real or complex numbers."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+@contextlib.contextmanager
+def torch_taps(
+    module: torch.nn.Module,
+    *,
+    functions: Iterable[FunctionTap] = (),
+    inputs: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Arrays, Arrays]]:
+    """Context in which calling `module` fills the first yielded dict and a backward pass, in its order, the second.
+
+    `inputs`: see `Walk`.
+    """
+    forward: Arrays = {}
+    backward: Arrays = {}
+
+    def record(name, value, to_common):
+        # A view of the same values: its gradient is what flows through this tap, whoever else reads the original.
+        value = value.view_as(value)
+        forward[name] = to_common(to_numpy(value))
+        if value.requires_grad:
+            value.register_hook(lambda grad: backward.__setitem__(name, to_common(to_numpy(grad))))
+        return value
+
+    walk = Walk(record, is_inexact, inputs=inputs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(walk.functions(functions))
+        for path, part in module.named_modules():
+            before = part.register_forward_pre_hook(lambda _, args, path=path: walk.enter(path, args))
+            after = part.register_forward_hook(lambda _, args, out, path=path: walk.leave(path, out))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield forward, backward
+
+
+class Widened(Mode):
+    """Makes torch code that names float32 mean float64, so that a model which casts inside has a float64 truth."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TorchRun(NamedTuple):
+    """What one forward and backward pass leaves."""
+
+    outputs: Arrays
+    forward: Arrays
+    backward: Arrays
+    gradients: Arrays
+    inputs: Arrays
+    """Gradients with respect to the inputs."""
+    loss: np.ndarray | None
+
+    def flat(self) -> Arrays:
+        """One dict in execution order: `forward NAME`, `backward NAME`, `gradient NAME`."""
+        found = {f"forward {name}": value for name, value in self.forward.items()}
+        found |= {f"forward {output_name(name)}": value for name, value in self.outputs.items()}
+        if self.loss is not None:
+            found["forward loss"] = self.loss
+        ordered = [name for name in reversed(self.forward) if name in self.backward]
+        found |= {f"backward {name}": self.backward[name] for name in ordered}
+        found |= {f"gradient {name}": value for name, value in reversed(self.gradients.items())}
+        return found | {f"gradient {name}": value for name, value in self.inputs.items()}
+
+
+def output_name(key: str) -> str:
+    """What a report calls an output: `output`, or `output.KEY` of several."""
+    return f"output.{key}" if key else "output"
+
+
+class TorchSide:
+    """A module that is never changed, and its inputs."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inputs: Any,
+        constants: Mapping[str, np.ndarray] | None = None,
+        loss: Callable | None = None,
+        *,
+        check_mode: bool = True,
+    ) -> None:
+        module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        self.module, self.notes = _copied(module), []
+        for name, part in self.module.named_modules():
+            if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None:
+                # In the comparison a padding token is one like any other.
+                self.notes.append(f"padding_idx={part.padding_idx} of {name}: torch would not train that row")
+                part.padding_idx = None
+        self.constants, self.loss = dict(constants or {}), loss
+        if check_mode:
+            _check_mode(module)
+        self.args, self.kwargs = arguments(inputs)
+        self.parameters = dict(self.module.named_parameters())
+        self.buffers = {name: one for name, one in self.module.named_buffers() if is_inexact(one)}
+        owners = {name: type(part).__name__ for name, part in self.module.named_modules()}
+        self.tensors = {
+            name: TorchTensor(tuple(one.shape), owners[name.rpartition(".")[0]], name in self.parameters)
+            for name, one in [*self.parameters.items(), *self.buffers.items()]
+        }
+        first = {id(one): name for name, one in self.parameters.items()}
+        every = self.module.named_parameters(remove_duplicate=False)
+        self.aliases = {name: first[id(one)] for name, one in every if first[id(one)] != name}
+        self.modules = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
+        self.has_run = False
+        unknown = [name for name in self.constants if name not in self.buffers]
+        require(
+            not unknown, f"constants names {some(unknown)}, no buffer of the torch module; name one of its buffers."
+        )
+
+    def is_finer_than(self, dtype: str) -> bool:
+        """Whether the module's parameters have digits that a cast to this dtype would round."""
+        kinds = {str(one.dtype).removeprefix("torch.") for one in self.parameters.values() if is_inexact(one)}
+        return any(UNIT_ROUNDOFF.get(kind, 1.0) < UNIT_ROUNDOFF[dtype] for kind in kinds)
+
+    def values(self) -> Arrays:
+        """Parameters and buffers, in their own dtype, by name."""
+        return {name: to_numpy(one) for name, one in [*self.parameters.items(), *self.buffers.items()]}
+
+    def rounded_buffers(self) -> list[str]:
+        """Buffers in float32, not stored with the weights, whose numbers are the rounding of others."""
+        stored = self.module.state_dict().keys()
+        again = {
+            f"{path}.{name}" for path in self._remakeable for name, _ in self.module.get_submodule(path).named_buffers()
+        }
+        return [
+            name
+            for name, one in self.buffers.items()
+            if one.dtype == torch.float32 and name not in {*stored, *self.constants, *again}
+            if not is_exact(to_numpy(one))
+        ]
+
+    @functools.cached_property
+    def _remakeable(self) -> list[str]:
+        """Parts whose float32 buffers can be computed anew in float64.
+
+        A part without parameters that is made from a `config` alone, as transformers' rotary embeddings are: made again
+        with float32 meaning float64, its buffers are in float32, bit for bit, what is there.
+        """
+        found = []
+        for path, part in self.module.named_modules():
+            buffers = {name: one for name, one in part.named_buffers() if one.dtype == torch.float32}
+            if not path or not buffers or any(True for _ in part.parameters()) or not hasattr(part, "config"):
+                continue
+            try:
+                again = _made_again(part)
+                if all(torch.equal(again.get_buffer(name).float(), one) for name, one in buffers.items()):
+                    found.append(path)
+            except Exception:  # Somebody else's constructor, tried on a guess.
+                continue
+        return found
+
+    def _wide_copy(self) -> torch.nn.Module:
+        """The module in float64, its rotary tables and the like computed anew in it."""
+        module = copy.deepcopy(self.module).to(torch.float64)
+        for path in self._remakeable:
+            parent, _, last = path.rpartition(".")
+            setattr(module.get_submodule(parent), last, _made_again(self.module.get_submodule(path)))
+        with torch.no_grad():
+            for name, value in self.constants.items():
+                module.get_buffer(name).copy_(torch.tensor(np.asarray(value, np.float64)))
+        return module
+
+    def run(
+        self,
+        dtype: str,
+        objective: Objective | Literal[False],
+        *,
+        wide: bool,
+        noisy: bool = False,
+        factors: Mapping[str, np.ndarray] | None = None,
+    ) -> TorchRun:
+        """One pass in `dtype`, or in float64 (`wide`), whatever the module names; `noisy` passes what a cast to `dtype`
+        rounds to `rounded`; `factors` multiply buffers. Without an objective there is no backward pass.
+        """
+        width = torch.float64 if wide else getattr(torch, dtype)
+        module = self._wide_copy() if wide else self._narrow_copy(width)
+        with torch.no_grad():
+            if noisy and self.is_finer_than(dtype):
+                for parameter in module.parameters():
+                    if is_inexact(parameter):
+                        parameter.copy_(torch.tensor(rounded(parameter.numpy())))
+            for name, factor in (factors or {}).items():
+                module.get_buffer(name).mul_(torch.tensor(factor))
+        module.zero_grad()
+        cast = UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF["float32"]
+
+        def tensor(value):
+            """A fresh tensor, no leaf, so that the module may write into it."""
+            if not isinstance(value, np.ndarray):
+                return value
+            if not np.issubdtype(value.dtype, np.inexact):
+                return torch.tensor(value)
+            value = rounded(value) if noisy and cast else value
+            found = torch.tensor(value)
+            complex_width = torch.complex128 if width == torch.float64 else torch.complex64
+            return found.to(complex_width if found.is_complex() else width).requires_grad_(bool(objective))
+
+        leaves = [tensor(one) for one in self.args]
+        named = {name: tensor(one) for name, one in self.kwargs.items()}
+
+        def fresh(value):
+            return value.clone() if is_inexact(value) and bool(objective) else value
+
+        with contextlib.ExitStack() as stack:
+            if wide:
+                stack.enter_context(Widened())
+                stack.enter_context(_default_dtype(torch.float64))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.set_grad_enabled(bool(objective)))
+            forward, backward = stack.enter_context(torch_taps(module))
+            out = self._called(
+                module, [fresh(one) for one in leaves], {name: fresh(one) for name, one in named.items()}
+            )
+            outputs = flatten_output(out, lambda value: isinstance(value, torch.Tensor))
+            if self.loss is not None:
+                outputs[LOSS] = self.loss(out)
+            loss = None
+            if objective:
+                loss = objective(outputs)
+                if loss.requires_grad:
+                    loss.backward()
+        # A tied parameter has one gradient, under its first name.
+        gradients = {name: to_numpy(one.grad) for name, one in module.named_parameters() if one.grad is not None}
+        by_name = {**{f"input.{index}": one for index, one in enumerate(leaves)}, **_prefixed(named)}
+        given = {name: to_numpy(one.grad) for name, one in by_name.items() if is_inexact(one) and one.grad is not None}
+        return TorchRun(
+            {name: to_numpy(one) for name, one in outputs.items() if name != LOSS},
+            dict(forward),
+            dict(backward),
+            gradients,
+            given,
+            None if loss is None else to_numpy(loss),
+        )
+
+    def _called(self, module: torch.nn.Module, args: list, kwargs: dict) -> Any:
+        """The module's result. Raises `CompareError` if it cannot be run on these inputs at all."""
+        try:
+            return module(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, CompareError) or self.has_run:
+                raise
+            raise CompareError(
+                f"the torch module does not run on these inputs: {first_line(error)}; inputs is a list of its "
+                "arguments, or a dict of keyword arguments."
+            ) from error
+        finally:
+            self.has_run = True
+
+    def given(self) -> dict[str, np.ndarray]:
+        """The inputs that are arrays, by position or name."""
+        every = {**{f"input.{index}": one for index, one in enumerate(self.args)}, **_prefixed(self.kwargs)}
+        return {name: one for name, one in every.items() if isinstance(one, np.ndarray)}
+
+    def _narrow_copy(self, width: torch.dtype) -> torch.nn.Module:
+        """The module in this dtype; tables that are not stored with the weights stay in float32 below it."""
+        module = copy.deepcopy(self.module).to(width)
+        if width == torch.bfloat16:
+            stored = self.module.state_dict().keys()
+            for name, one in self.buffers.items():
+                if name not in stored and "inv_freq" in name:  # transformers keeps its frequencies in float32
+                    parent, _, last = name.rpartition(".")
+                    module.get_submodule(parent)._buffers[last] = one.clone()
+        return module
+
+
+def _made_again(part: torch.nn.Module) -> torch.nn.Module:
+    """A part made from its `config` with float32 meaning float64."""
+    with Widened(), _default_dtype(torch.float64):
+        return type(part)(part.config).to(torch.float64).train(part.training)
+
+
+def _prefixed(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"input.{name}": one for name, one in named.items()}
+
+
+def _copied(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the CPU, every parameter of which is trained."""
+    require(
+        isinstance(module, torch.nn.Module),
+        f"the torch side is a {type(module).__module__.partition('.')[0]} {type(module).__name__}; pass the JAX module "
+        "first and a torch.nn.Module second.",
+    )
+    try:
+        module = copy.deepcopy(module).cpu()
+    except Exception as error:
+        raise CompareError(f"the torch module cannot be copied: {first_line(error)}; pass a plain module.") from error
+    kinds = {one.dtype for one in module.parameters()} & {torch.float16}
+    require(not kinds, "the torch module has float16 parameters, which are not compared; pass module.float().")
+    meta = [name for name, one in module.named_parameters() if one.is_meta]
+    require(not meta, f"the torch module has no values in {some(meta)}: they are on the meta device; load them first.")
+    for parameter in module.parameters():
+        if is_inexact(parameter):
+            parameter.requires_grad_()
+    return module
+
+
+def _check_mode(module: torch.nn.Module) -> None:
+    dropping = [
+        f"{name or 'the module'} ({type(part).__name__}, p={part.p})"
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training and part.p > 0
+    ]
+    require(not dropping, f"dropout is on in the torch module: {some(dropping)}; call module.eval() first.")
+
+
+def arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments as NumPy arrays; what is no array stays as it is."""
+    if isinstance(inputs, Mapping):
+        bad = [name for name in inputs if not isinstance(name, str)]
+        require(not bad, f"inputs has the key {bad[0]!r}; keys are names of arguments." if bad else "")
+        return (), {name: _array(value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list) and not (inputs and all(isinstance(x, int | float) for x in inputs)):
+        return tuple(_array(value) for value in inputs), {}
+    return (_array(inputs),), {}
+
+
+def _array(value):
+    """An array of either framework, or a list of numbers, in NumPy."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return to_numpy(value)
+    if isinstance(value, list) or hasattr(value, "__array__"):
+        array = to_numpy(value)
+        require(array.dtype.kind in "biufc", f"an input is an array of {array.dtype}; pass numbers or booleans.")
+        require(array.dtype != np.float16, "an input is float16, which is not compared; pass it as float32.")
+        return array
+    return value
