@@ -56,6 +56,10 @@ def heads(module, n):
     return layers | {"out": out | {"kernel": out["kernel"].reshape(n, -1, width)}}
 
 
+def _child(node, key):
+    return node[int(key)] if key.isdigit() else getattr(node, key)
+
+
 def put(module, tree):
     """Sets the variables of an NNX module from a nested dict whose keys are paths with dots."""
     for path, value in tree.items():

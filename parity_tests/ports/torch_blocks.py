@@ -248,7 +248,7 @@ class DecoderLayer(nnx.Module):
         length = x.shape[1]
         causal = jnp.tril(jnp.ones((1, 1, length, length), bool), 1 if self.bug == "mask_off_by_one" else 0)
         x = self.norms[0](x + self.self_attention(x, mask=None if self.bug == "not_causal" else causal))
-        if self.bug == "memory_not_detached":
+        if self.bug == "memory_detached":
             memory = jax.lax.stop_gradient(memory)
         crossed = self.cross_attention(x, memory)
         x = self.norms[1](crossed if self.bug == "no_cross_residual" else x + crossed)
@@ -450,9 +450,11 @@ class Gru(nnx.Module):
             if self.bug == "gate_order":
                 ri, zi, rh, zh = zi, ri, zh, rh
             r, z = jax.nn.sigmoid(ri + rh), jax.nn.sigmoid(zi + zh)
-            n = jnp.tanh(ni + (r * h) @ self.hh.kernel[:, -self.hidden :] + self.hh.bias[-self.hidden :])
-            if self.bug != "reset_before_product":
-                n = jnp.tanh(ni + r * nh)
+            if self.bug == "reset_before_product":
+                nh = (r * h) @ self.hh.kernel[:, -self.hidden :] + self.hh.bias[-self.hidden :]
+            else:
+                nh = r * nh
+            n = jnp.tanh(ni + nh)
             new = z * n + (1 - z) * h if self.bug == "update_gate" else (1 - z) * n + z * h
             return (h if self.bug == "state_not_carried" else new), new
 
@@ -783,7 +785,7 @@ PORTS = (
             "tanh_gelu": ("forward act", "forward drop.input", "forward drop"),
             "missing_bias": ("forward fc2", "forward output"),
             "rolled_kernel": ("weight fc1.weight",),
-            "stop_gradient": ("backward drop", "backward act", "backward drop.input", "backward fc1"),
+            "stop_gradient": ("backward drop", "backward act", "backward fc1"),
         },
     ),
     Port(
@@ -829,7 +831,7 @@ PORTS = (
             "mask_off_by_one": ("forward layer.self_attn",),
             "not_causal": ("forward layer.self_attn",),
             "no_cross_residual": ("forward layer.norm2.input", "forward layer.norm2"),
-            "memory_not_detached": ("backward project",),
+            "memory_detached": ("backward project",),
         },
     ),
     Port(
@@ -892,7 +894,7 @@ PORTS = (
         "nnx_remat_tower",
         remat_tower,
         {
-            "wrong_vjp": ("backward 1.down.input", "backward 1.up", "gradient 1.up.bias"),
+            "wrong_vjp": ("backward 1.up", "backward 1.norm", "backward 0", "gradient 1.up.bias"),
             "skip_detached": ("backward 0", "gradient 0.down.bias"),
             "no_residual": ("forward 1", "forward output"),
         },
