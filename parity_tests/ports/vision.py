@@ -335,7 +335,7 @@ class TorchSqueezeExcite(nn.Module):
 
 def squeeze_excite(bug=""):
     """Torch's dense layers are convolutions: their kernels have two more axes, and their outputs too."""
-    torch.manual_seed(25)
+    torch.manual_seed(31)
     theirs = settle(TorchSqueezeExcite(3, 13, 4))
     tree = {"conv": linear(theirs.conv)}
     for ours, layer in (("reduce", theirs.fc1), ("expand", theirs.fc2)):
@@ -430,14 +430,14 @@ class WaveBlock(nnx.Module):
     """A causal dilated convolution, group norm and a gate, with a 1x1 residual."""
 
     def __init__(self, cin, dim, *, rngs, bug=""):
-        pad = ((2, 2),) if bug == "not_causal" else ((4, 0),)
-        self.filter = nnx.Conv(cin, 2 * dim, (3,), kernel_dilation=2, padding=pad, rngs=rngs)
+        self.filter = nnx.Conv(cin, 2 * dim, (3,), kernel_dilation=2, padding="VALID", rngs=rngs)
         self.gn = nnx.GroupNorm(2 * dim, num_groups=3 if bug == "groups" else 2, epsilon=1e-5, rngs=rngs)
         self.res = nnx.Conv(cin, dim, (1,), rngs=rngs)
         self.bug = bug
 
     def __call__(self, x):
-        value, gate = jnp.split(self.gn(self.filter(x)), 2, axis=-1)
+        padded = jnp.pad(x, ((0, 0), (2, 2) if self.bug == "not_causal" else (4, 0), (0, 0)))
+        value, gate = jnp.split(self.gn(self.filter(padded)), 2, axis=-1)
         if self.bug == "gate_swapped":
             value, gate = gate, value
         return self.res(x) + jnp.tanh(value) * jax.nn.sigmoid(gate)
@@ -459,7 +459,7 @@ class TorchWaveBlock(nn.Module):
 
 
 def wave_block(bug=""):
-    """Sequences: channels last in JAX, first in torch, where the padding is a call of its own."""
+    """Sequences: channels last in JAX, first in torch."""
     torch.manual_seed(27)
     theirs = settle(TorchWaveBlock(7, 9))
     tree = {"filter": linear(theirs.filter), "gn": norm(theirs.gn), "res": linear(theirs.res)}
