@@ -1,0 +1,1 @@
+"""Correct ports from torch to JAX, each with bugs that can be planted in it."""
