@@ -101,8 +101,8 @@ class Bert(nnx.Module):
         self.pooler = nnx.Linear(size, size, rngs=rngs)
 
     def positions(self, ids):
-        """The position of every token."""
-        counted = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        """The position of every token, (batch, time) or (1, time)."""
+        counted = jnp.arange(ids.shape[1])[None]
         if not self.roberta:
             return counted
         if self.bug == "padding-counted":
@@ -308,6 +308,8 @@ def t5(bug=""):
         "blocks.{}.ff_norm": f"{feed_forward}.layer_norm",
         "blocks.{}.ff": f"{feed_forward}.DenseReluDense",
     }
+    for block in module.encoder.block:
+        block.layer[0].SelfAttention.q.weight.data.mul_(config.d_kv**-0.5)  # T5 scales its weights, not its scores
     table = module.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     table.data.mul_(20.0)  # a bias of scores is of the order of one, unlike an embedding
     model = load(T5Encoder(config, bug, nnx.Rngs(0)), arrays(module), names)

@@ -143,6 +143,7 @@ def gpt2(bug=""):
     names = {
         "wte": "transformer.wte",
         "wpe": "transformer.wpe",
+        "dropout": "transformer.drop",
         "ln_f": "transformer.ln_f",
         "blocks.{}": "transformer.h.{}",
         "blocks.{}.fc": "transformer.h.{}.mlp.c_fc",
