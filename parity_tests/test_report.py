@@ -21,9 +21,9 @@ import parity_tests.sides
 from harness.folders import save_folder
 from parity_tests import example, twins
 from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_tokens, random_weights, run_config
+from parity_tests.compare import report as report_module
 from parity_tests.compare.errors import CompareError
 from parity_tests.compare.functions import compare
-from parity_tests.compare import report as report_module
 from parity_tests.compare.report import EXACT, INFINITE, Report, Row
 from parity_tests.contract import process_contract
 from recipe.config import UserError

@@ -140,6 +140,7 @@ class _Comparison:
         self.remarks: list[str] = []
         self.explained = ""
         self.arranged: dict[str, Arrangement] = {}
+        self.ours_of: dict[str, tuple[str, ...]] = {}
         self.seen: dict[str, set[str]] = {"jax": set(), "torch": set()}
         self._measured: dict[tuple, tuple[Arrays, dict[str, float]]] = {}
         self.outputs = self._outputs()
@@ -174,7 +175,7 @@ class _Comparison:
         found, values = [], None
         for their, our in pairs:
             truth, (shape, kind) = theirs[their], ours[our]
-            declared = layout_of(self.rules, (output_name(their), "*"), len(shape))
+            declared = self._declared(output_name(their), len(shape))
             arrangement = Arrangement()
             if declared is not None and tuple(shape[axis] for axis in declared) == truth.shape:
                 arrangement = Arrangement(axes=declared)
@@ -286,23 +287,43 @@ class _Comparison:
             for name, array in arrays.items():
                 for theirs, one in unstack(name, array, self.rules).items():
                     found.setdefault(f"{phase} {theirs}", one)
+                    self.ours_of.setdefault(theirs, (name,))
         for name in [name for name in found if name in truth]:
-            tensor = name.partition(" ")[2]
+            phase, _, tensor = name.partition(" ")
             if tensor not in self.arranged:
-                declared = layout_of(self.rules, (tensor, "*"), found[name].ndim)
+                declared = self._declared(tensor, found[name].ndim)
                 self.arranged[tensor] = self._best(tensor, found[name], truth[name], declared)
-            with contextlib.suppress(ValueError):  # another shape is a divergence, and said to be one
-                found[name] = self.arranged[tensor].to_torch(found[name])
+            turned = _arranged(self.arranged[tensor], found[name], truth[name], phase)
+            if turned is None:
+                del found[name]
+            else:
+                found[name] = turned
         for one in self.outputs:
             if self._is_judged(one, dtype):
                 found[f"forward {output_name(one.theirs)}"] = self._turned_output(one, run.outputs[one.ours])
         if self.has_loss:
             found["forward loss"] = run.loss
-        found |= {f"gradient {name}": array for name, array in self._gradients(run.gradients).items()}
+        gradients = self._gradients(run.gradients)
+        for name, row in self.torch.padding.items():
+            first = self.torch.aliases.get(name, name)
+            expected = truth.get(f"gradient {first}")
+            if first in gradients and expected is not None and gradients[first].shape == expected.shape:
+                if not np.array_equal(gradients[first][row], expected[row]):
+                    self.remarks.append(
+                        f"row {row} of {first}: torch does not train it (padding_idx), JAX does; its gradient is not "
+                        "compared"
+                    )
+                gradients[first] = gradients[first].copy()
+                gradients[first][row] = expected[row]
+        found |= {f"gradient {name}": array for name, array in gradients.items()}
         for name, (other, axes) in self.input_axes.items():
             if other in run.inputs:
                 found[f"gradient {name}"] = run.inputs[other].transpose(axes)
         return found
+
+    def _declared(self, tensor: str, ndim: int) -> tuple[int, ...] | None:
+        """The layout that the rules give an output, under torch's name or the JAX side's."""
+        return layout_of(self.rules, (tensor, *self.ours_of.get(tensor, ()), "*"), ndim)
 
     @staticmethod
     def _turned_output(one: _Output, value: np.ndarray) -> np.ndarray:
@@ -356,6 +377,8 @@ class _Comparison:
         ours = self._ours(dtype, truth)
         self.seen["torch"] |= truth.keys()
         self.seen["jax"] |= {name for name in ours if not self._is_ignored(name)}
+        for name in [name for name in ours if ".input" in name and np.shape(ours[name]) != np.shape(truth.get(name))]:
+            del ours[name]
         common = {name: truth[name] for name in truth if name in ours}
         for one in self.outputs:
             if not one.inexact:
@@ -467,7 +490,38 @@ class _Comparison:
             notes.append(
                 f"inside a loop or a function with its own derivative, not compared: {some(self.jax.unreached)}"
             )
-        return list(dict.fromkeys([*notes, *self.torch.notes, *self.jax.notes]))
+        return list(dict.fromkeys([*notes, *self.jax.notes]))
+
+
+def _arranged(arrangement: Arrangement, value: np.ndarray, truth: np.ndarray, phase: str) -> np.ndarray | None:
+    """A JAX output in torch's layout; None for what cannot be compared.
+
+    Where one side has a row per batch and the other one for all, the values are those of every row, and the cotangents
+    sums of different things. An input of another size is that of a port which pads or joins elsewhere.
+    """
+    if value.size == truth.size:
+        try:
+            return arrangement.to_torch(value)
+        except ValueError:
+            return value
+    try:
+        joint = np.broadcast_shapes(value.shape, truth.shape)
+    except ValueError:
+        return value
+    if joint not in (value.shape, truth.shape):
+        return value
+    if phase == "backward":
+        return None
+    if joint == truth.shape:
+        return np.broadcast_to(value, joint)
+    # Of all rows the one that is furthest from the truth.
+    axes = tuple(range(len(joint) - truth.ndim)) + tuple(
+        axis
+        for axis in range(len(joint) - truth.ndim, len(joint))
+        if truth.shape[axis - len(joint) + truth.ndim] == 1 < joint[axis]
+    )
+    rows = np.moveaxis(value, axes, range(len(axes))).reshape(-1, *truth.shape)
+    return max(rows, key=lambda row: relative_error(row, truth))
 
 
 def _turned(inputs: Any, rules: Rules) -> Any:

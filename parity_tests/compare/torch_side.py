@@ -119,12 +119,7 @@ class TorchSide:
         check_mode: bool = True,
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-        self.module, self.notes = _copied(module), []
-        for name, part in self.module.named_modules():
-            if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None:
-                # In the comparison a padding token is one like any other.
-                self.notes.append(f"padding_idx={part.padding_idx} of {name}: torch would not train that row")
-                part.padding_idx = None
+        self.module = _copied(module)
         self.constants, self.loss = dict(constants or {}), loss
         if check_mode:
             _check_mode(module)
@@ -141,6 +136,12 @@ class TorchSide:
         self.aliases = {name: first[id(one)] for name, one in every if first[id(one)] != name}
         self.modules = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         self.has_run = False
+        # A table's row that torch does not train, by the name of its parameter.
+        self.padding = {
+            f"{path}.weight".removeprefix("."): part.padding_idx
+            for path, part in self.module.named_modules()
+            if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None
+        }
         unknown = [name for name in self.constants if name not in self.buffers]
         require(
             not unknown, f"constants names {some(unknown)}, no buffer of the torch module; name one of its buffers."
