@@ -384,13 +384,37 @@ def _measured(step_b, batches: list, theirs: list[Left], dtype: str, seeds: Iter
         return {(step, key): value for step, left in enumerate(record) for key, value in left.items()}
 
     _, kappas = amplification(compute, dtype, seeds=seeds)
-    # An error that comes out as zero by luck is at least one rounding.
-    flat = allowances({key: max(1.0, kappa) for key, kappa in kappas.items()}, dtype)
+    # An error that comes out as zero by luck is at least one rounding. A loss is one number, whose error scatters from
+    # draw to draw: it is allowed what the losses before it were, for an error once made is carried on.
+    floors = {key: 1.0 for _, key in kappas}
+    for step, key in sorted(kappas):
+        kappas[step, key] = max(floors[key], kappas[step, key])
+        if key[0] == "loss":
+            floors[key] = kappas[step, key]
+    flat = allowances(kappas, dtype)
     limits: list[dict[Key, float]] = [{} for _ in theirs]
     for (step, key), value in flat.items():
         limits[step][key] = value
+    _cancelled(theirs, limits)
     _free_signs(theirs, limits)
     return limits
+
+
+def _cancelled(theirs: list[Left], limits: list[dict[Key, float]]) -> None:
+    """Widen the allowances of gradients that cancel to nothing but rounding, and of what is made of them.
+
+    Such a gradient, of a bias before a batch norm say, is one draw of its rounding and no measure of another. It sums
+    terms of the size of the other gradients, so it may err by as much as any of those, in absolute terms.
+    """
+    widened: dict[str, float] = {}
+    for left, limit in zip(theirs, limits, strict=True):
+        absolute = {key[2]: limit[key] * float(np.linalg.norm(left[key])) for key in left if key[0] == "gradient"}
+        for name, error in absolute.items():
+            if error and limit["gradient", "", name] >= 1.0:
+                widened[name] = max(widened.get(name, 1.0), max(absolute.values()) / error)
+        for kind, slot, name in limit:
+            if name in widened and slot != COUNTER:  # a second moment is a square
+                limit[kind, slot, name] *= widened[name] ** (2 if kind == "slot" else 1)
 
 
 def _free_signs(theirs: list[Left], limits: list[dict[Key, float]]) -> None:
