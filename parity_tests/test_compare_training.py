@@ -18,6 +18,7 @@ from parity_tests.compare.errors import CompareError
 from parity_tests.compare.rules import Rules
 from parity_tests.compare.steps import optax_slots
 from parity_tests.compare.training import (
+    _cancelled,
     _measured,
     _record,
     _trajectory,
@@ -590,6 +591,17 @@ def test_signs_that_rounding_decides_are_free():
     assert beyond == ["first.bias"], "a gradient where there should be none is seen"
 
 
+def test_a_gradient_of_rounding_alone_may_err_by_what_the_others_err():
+    noise, real = ("gradient", "", "noise"), ("gradient", "", "real")
+    left = {noise: np.full(4, 2.0**-60), real: np.full(4, 2.0)}
+    limits = [{noise: 2.0, real: 2.0**-50}]
+    _cancelled([left], limits)
+    assert limits == [{noise: 2.0**-50 * 2.0 / 2.0**-60, real: 2.0**-50}]
+    limits = [{noise: 0.5, real: 2.0**-50}]  # digits that rounding leaves: nothing is widened
+    _cancelled([left], limits)
+    assert limits == [{noise: 0.5, real: 2.0**-50}]
+
+
 def test_float32_is_judged_against_float64():
     equal = compared(optax.adamw(0.01, weight_decay=0.01), adamw(), dtype="float32")
     equal.assert_equal()
@@ -626,8 +638,9 @@ def test_neither_side_is_changed():
 
 
 def test_other_jax_libraries_train_too():
-    import equinox
     import flax.linen as nn
+
+    equinox = pytest.importorskip("equinox")
 
     _, torch_net = _nets()
     arrays = {name: jnp.asarray(p.detach().numpy()) for name, p in torch_net.named_parameters()}
