@@ -33,6 +33,10 @@ class Model(NamedTuple):
     """(built model, dtype, notes) -> context in which calling it names its submodules' outputs."""
     replace: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
     """(params, state) -> what the user handed over, with these arrays."""
+    dropping: tuple[str, ...] = ()
+    """Its dropout layers that are on, unless a call says otherwise."""
+    eval: str = ""
+    """How its user switches them off."""
 
 
 def is_inexact(value) -> bool:
@@ -74,12 +78,6 @@ def open_model(model: Any) -> Model:
 def _open_nnx(module) -> Model:
     from flax import nnx
 
-    dropping = [
-        f"{'.'.join(map(str, path)) or 'the module'} (rate={part.rate})"
-        for path, part in nnx.iter_modules(module)
-        if isinstance(part, nnx.Dropout) and part.rate > 0 and not part.deterministic
-    ]
-    require(not dropping, f"dropout is on in the NNX module: {some(dropping)}; call module.eval() first.")
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     flat, others = dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(rest))
 
@@ -101,8 +99,15 @@ def _open_nnx(module) -> Model:
         nnx.update(module, filled(flat, params), filled(others, state))
         return module
 
-    paths = [".".join(map(str, path)) for path, _ in nnx.iter_modules(module) if path]
-    return Model("nnx", named(flat), named(others), paths, build, _nnx_taps, replace)
+    parts = [(".".join(map(str, path)), part) for path, part in nnx.iter_modules(module)]
+    dropping = tuple(
+        f"{name or 'the module'} (rate={part.rate})"
+        for name, part in parts
+        if isinstance(part, nnx.Dropout) and part.rate > 0 and not part.deterministic
+    )
+    paths = [name for name, _ in parts if name]
+    off = "call module.eval()"
+    return Model("nnx", named(flat), named(others), paths, build, _nnx_taps, replace, dropping, off)
 
 
 def _value(variable):
@@ -247,15 +252,21 @@ def _open_equinox(module) -> Model:
             only = kinds.get(type(part), [])
             return known.get(id(part), only[0] if len(only) == 1 else None)
 
-        dropping = [path for path, part in _equinox_modules(model, "") if _drops(part)]
-        require(
-            not dropping,
-            f"dropout is on in the Equinox module: {some(dropping)}; use equinox.nn.inference_mode(module).",
-        )
         with _patched_calls(set(kinds), path_of):
             yield
 
-    return Model("equinox", params, {}, [path for path in paths if path], build, taps, lambda p, s: build(p, s))
+    dropping = tuple(path for path, part in paths.items() if _drops(part))
+    return Model(
+        "equinox",
+        params,
+        {},
+        [path for path in paths if path],
+        build,
+        taps,
+        build,
+        dropping,
+        "pass equinox.nn.inference_mode(module)",
+    )
 
 
 def _drops(part) -> bool:
@@ -406,7 +417,14 @@ class JaxSide:
                     f"the JAX side does not run on these inputs: {first_line(error)}; {_remedy(error)}"
                 ) from error
         require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
-        return Program(jaxpr, widen=dtype == "float64"), list(keys)
+        program = Program(jaxpr, widen=dtype == "float64")
+        if program.draws():
+            on = f": {some(self.model.dropping)}" if self.model.dropping else ""
+            raise CompareError(
+                f"the JAX side draws random numbers{on}; {self.model.eval or 'switch dropout off'}, or pass "
+                "deterministic=True in jax_inputs."
+            )
+        return program, list(keys)
 
     def _arrays(self, dtype: str):
         """Parameters, states and inputs in this dtype."""

@@ -21,6 +21,9 @@ from jax.extend.core import primitives
 
 PREFIX = "parity:"
 
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+"""Primitives that give random numbers."""
+
 _FEW = 64
 """Numbers in an array that somebody may have typed."""
 
@@ -79,6 +82,10 @@ class Program:
             jnp.asarray(decimal(np.asarray(one))) if self.widen and _is_float32(one) else one
             for one in self.jaxpr.consts
         ]
+
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(name in _RANDOM for name in _primitives(self.jaxpr.jaxpr))
 
     def rounded_constants(self) -> dict[int, str]:
         """Those in float32 whose numbers are the rounding of others, as a sine is; position -> what it is called."""
@@ -226,6 +233,14 @@ def _names(jaxpr) -> Iterator[str]:
             yield equation.params["name"].removeprefix(PREFIX)
         for body in core.jaxprs_in_params(equation.params):
             yield from _names(body)
+
+
+def _primitives(jaxpr) -> Iterator[str]:
+    """Names of all primitives in a program, its bodies included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for body in core.jaxprs_in_params(equation.params):
+            yield from _primitives(body)
 
 
 def _is_float32(value) -> bool:

@@ -531,7 +531,8 @@ def _unused(rules, used, parts, jax_modules, torch_modules, tensors, aliases) ->
                 problems.append(_no_match(f"name rule {key!r}: torch path {filled!r}", filled, theirs))
                 break
     for key in rules.layouts:
-        if key != "*" and key not in paths and key not in theirs:
+        part = re.sub(r"(#\d+|\.input(#\d+)?)$", "", key)
+        if part not in {"*", *paths, *theirs} and not re.match(r"(input|output)(\.|$)", key):
             problems.append(_no_match(f"layout rule {key!r}", key, [*paths, *theirs]))
     return problems
 

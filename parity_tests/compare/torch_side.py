@@ -173,8 +173,8 @@ class TorchSide:
     def _remakeable(self) -> list[str]:
         """Parts whose float32 buffers can be computed anew in float64.
 
-        A part without parameters that is made from a `config` alone, as transformers' rotary embeddings are: made again
-        with float32 meaning float64, its buffers are in float32, bit for bit, what is there.
+        A part without parameters that is made from a `config` alone, as transformers' rotary embeddings are, and that
+        has the same buffers, bit for bit, when it is made again.
         """
         found = []
         for path, part in self.module.named_modules():
@@ -182,8 +182,9 @@ class TorchSide:
             if not path or not buffers or any(True for _ in part.parameters()) or not hasattr(part, "config"):
                 continue
             try:
-                again = _made_again(part)
-                if all(torch.equal(again.get_buffer(name).float(), one) for name, one in buffers.items()):
+                again = dict(type(part)(part.config).named_buffers())
+                if all(torch.equal(again[name], one) for name, one in buffers.items()):
+                    _made_again(part)
                     found.append(path)
             except Exception:  # Somebody else's constructor, tried on a guess.
                 continue
