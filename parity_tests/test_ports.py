@@ -1,0 +1,56 @@
+"""Never wolf, never false comfort: correct ports are clean, planted bugs are named at the tensor or right after it.
+
+A spread of them here; `-m slow` runs all, and `python -m parity_tests.ports` writes the table of both rates.
+"""
+
+import pytest
+
+from parity_tests.compare.precision import DTYPES
+from parity_tests.ports.table import compare_pair, judge, ports
+
+PORTS = ports()
+BUGS = [(name, bug) for name, port in PORTS.items() for bug in port.bugs]
+
+CLEAN = ("nnx_swiglu", "nnx_classifier", "nnx_conv_block", "nnx_remat_tower", "linen_scan", "eqx_mlp", "function_lstm")
+"""One of every kind: casts inside, an embedding, NHWC, remat, stacked layers, vmap, a plain function."""
+
+NAMED = BUGS[:: len(BUGS) // 12]
+"""Every so many."""
+
+
+def test_the_table_is_large_enough():
+    assert len(PORTS) >= 20 and len(BUGS) >= 60
+    assert all(port.bugs for port in PORTS.values())
+    assert set(CLEAN) <= PORTS.keys() and len(NAMED) >= 12
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_correct_port_is_clean(name):
+    outcome = judge(PORTS[name], dtypes=("float64", "bfloat16"))
+    assert outcome.right, outcome
+
+
+def test_a_correct_llama_is_clean_in_float64_without_a_word():
+    """transformers rounds its rotary frequencies to float32; they are computed anew for the truth."""
+    report = compare_pair(PORTS["llama"].make(""), dtypes=("float64",), seeds=range(2))
+    assert report.exit_code == 0 and not report.explained, report.verdict()
+
+
+@pytest.mark.parametrize(("name", "bug"), NAMED)
+def test_a_planted_bug_is_named(name, bug):
+    outcome = judge(PORTS[name], bug, dtypes=("float64",), seeds=range(2))
+    assert outcome.right, (outcome, PORTS[name].bugs[bug])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PORTS)
+def test_every_correct_port_is_clean(name):
+    outcome = judge(PORTS[name], dtypes=DTYPES)
+    assert outcome.right, outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bug"), BUGS)
+def test_every_planted_bug_is_named(name, bug):
+    outcome = judge(PORTS[name], bug, dtypes=("float64",), seeds=range(2))
+    assert outcome.right, (outcome, PORTS[name].bugs[bug])
