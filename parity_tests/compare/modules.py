@@ -20,7 +20,7 @@ from parity_tests.compare.progress import progress
 from parity_tests.compare.report import Coverage, Report, Row
 from parity_tests.compare.rules import Arrangement, Rules, as_rules, layout_of, make_plan, pattern, unstack
 from parity_tests.compare.tolerance import SAFETY, relative_error
-from parity_tests.compare.torch_side import TorchSide, arguments, output_name
+from parity_tests.compare.torch_side import TorchSide, arguments, output_name, rounding_of_float32
 from parity_tests.compare.walk import LOSS, MAIN, Arrays
 
 Losses = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -245,7 +245,7 @@ class _Comparison:
                 out, weight = outputs[one.theirs], cotangent(one.theirs, one.shape)
                 parts = [out.real, out.imag] if out.is_complex() else [out]
                 for part, factor in zip(parts, (weight, -weight), strict=False):
-                    terms.append((part * torch.tensor(factor).to(part.dtype)).sum())
+                    terms.append((part * torch.tensor(factor.astype(np.float64)).to(part.dtype)).sum())
         require(bool(terms), "no output of real numbers is common to both sides; pass loss=.")
         return sum(terms[1:], terms[0])
 
@@ -408,34 +408,33 @@ class _Comparison:
         A constant is moved by one rounding of float32, on its own side, and what that does is measured. A cast cannot
         be moved; it is taken to do what float32 does to the whole computation.
         """
-        buffers, states = self.torch.rounded_buffers(), self.jax.rounded_state()
-        captured = self.jax.rounded_constants()
-        casts = self.jax.float32
+        placed = {name for link in self.plan.links for name in link.names}
+        sources = {part.source for link in self.plan.links for part in link.parts}
+        buffers = [name for name in self.torch.rounded_buffers() if name not in placed]
+        states = [name for name in self.jax.rounded_state() if name not in sources]
+        captured, casts = self.jax.rounded_constants(), self.jax.float32
         names = [f"torch's {name}" for name in buffers]
+        names += [f"an array of shape {shape} in the torch module's code" for shape in sorted(self.torch.held)]
         names += [f"JAX's {name}" for name in states] + list(captured.values()) + casts
         if not names:
             return rows
         effect = dict.fromkeys(truth, 0.0)
 
-        def moved(shape, seed):
-            u = UNIT_ROUNDOFF["float32"]
-            return 1.0 + u * np.random.default_rng(seed).uniform(-1.0, 1.0, shape)
-
         def widen(found: Arrays, reference: Arrays) -> None:
             for name in truth:
                 effect[name] = max(effect[name], relative_error(found[name], reference[name]))
 
+        ours = self._ours("float64", truth) if states or captured else {}
         for seed in range(4):
-            if buffers:
-                shapes = {name: self.torch.buffers[name].shape for name in buffers}
-                factors = {name: moved(tuple(shape), seed) for name, shape in shapes.items()}
-                widen(self._theirs("float64", wide=True, factors=factors), truth)
+            if buffers or self.torch.held:
+                shapes = {name: tuple(self.torch.buffers[name].shape) for name in buffers}
+                factors = {name: rounding_of_float32(shape, seed) for name, shape in shapes.items()}
+                widen(self._theirs("float64", wide=True, factors=factors, seed=seed), truth)
             if states or captured:
                 shapes = {name: np.shape(self.jax.model.state[name]) for name in states}
                 shapes |= {name: shape for name, shape in self.jax.constant_shapes().items() if name in captured}
-                factors = {name: moved(shape, seed) for name, shape in shapes.items()}
-                unmoved = {name: np.ones(shape) for name, shape in shapes.items()}
-                widen(self._ours("float64", truth, factors), self._ours("float64", truth, unmoved))
+                factors = {name: rounding_of_float32(shape, seed) for name, shape in shapes.items()}
+                widen(self._ours("float64", truth, factors), ours)
         if casts:
             ratio = UNIT_ROUNDOFF["float32"] / UNIT_ROUNDOFF["float64"]
             effect = {name: max(one, limit[name] * ratio) for name, one in effect.items()}

@@ -50,7 +50,7 @@ def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
         return args[0].shape[-1]
     if name in ("addmm", "addmv", "baddbmm"):
         return args[1].shape[-1]
-    if name in ("sum", "mean", "linalg_vector_norm", "logsumexp"):
+    if name in ("sum", "mean", "linalg_vector_norm", "logsumexp", "var", "var_mean"):
         return args[0].numel() // max(1, out.numel())
     if name == "nll_loss_forward":
         return args[1].numel()
@@ -72,6 +72,9 @@ def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
         return args[0].shape[args[1]] if args[0].ndim else 0
     return 0
 
+
+_SUMS = frozenset("sum mean var var_mean logsumexp cumsum avg_pool2d avg_pool3d embedding_dense_backward".split())
+"""Sums that are no products: a framework may keep their partial sums in the dtype itself, as XLA does in bfloat16."""
 
 _FUSED = """
     _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data elu elu_backward gelu gelu_backward glu
@@ -133,7 +136,10 @@ class _RoundingNoise(Mode):
             if not (isinstance(x, torch.Tensor) and x.dtype == torch.float64):
                 return x
             terms = _terms(name, args, x)
-            noise = self.noise(x.shape, self.u + math.sqrt(terms) * self.u_accumulator)
+            # The bias of a convolution is a sum over all places.
+            plain = name in _SUMS or (name == "convolution_backward" and x.ndim == 1)
+            u_accumulator = self.u if self.parts and plain else self.u_accumulator
+            noise = self.noise(x.shape, self.u + math.sqrt(terms) * u_accumulator)
             return x.mul_(noise) if in_place else x * noise
 
         if isinstance(out, torch.Tensor):
@@ -154,7 +160,8 @@ def rounding_noise(
 ) -> Iterator[None]:
     """Context in which torch's float64 arithmetic rounds at random to u; sums accumulate in u_accumulator (else u).
 
-    With `decompose` a fused operation (a softmax, a norm, GELU) rounds at each operation that it is made of.
+    With `decompose` a fused operation (a softmax, a norm, GELU) rounds at each operation that it is made of, and a sum
+    that is no product keeps its partial sums at u: what a port does that is as good as torch, and not torch.
     """
     mode = _RoundingNoise(u, u if u_accumulator is None else u_accumulator, seed, decompose)
     _active.append(mode)

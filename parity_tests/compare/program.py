@@ -24,9 +24,6 @@ PREFIX = "parity:"
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that give random numbers."""
 
-_FEW = 64
-"""Numbers in an array that somebody may have typed."""
-
 # Part of the key of JAX's caches: what is traced with taps, or with float32 meaning float64, is traced anew and never
 # handed to anybody else.
 _traced = jax.make_user_context(None)
@@ -261,8 +258,7 @@ def is_exact(array: np.ndarray) -> bool:
 
 
 def decimal(array: np.ndarray) -> np.ndarray:
-    """float32 in float64; what a person would write with few digits is taken as written: 1e-6, not 9.99999997e-07."""
-    if array.size > _FEW:
+    """float32 in float64; a lone number is taken as a person would write it: 1e-6, not 9.99999997e-07."""
+    if array.ndim:
         return array.astype(np.float64)
-    flat = [float(str(x)) for x in array.ravel()]
-    return np.asarray(flat, np.float64).reshape(array.shape)
+    return np.asarray(float(str(array[()])), np.float64)

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from parity_tests.compare.errors import CompareError, first_line, require, some
 from parity_tests.compare.montecarlo import Mode, rounded
 from parity_tests.compare.precision import UNIT_ROUNDOFF
-from parity_tests.compare.program import is_exact
+from parity_tests.compare.program import decimal, is_exact
 from parity_tests.compare.rules import TorchTensor
 from parity_tests.compare.walk import LOSS, Arrays, FunctionTap, Walk, flatten_output, to_numpy
 
@@ -59,13 +60,46 @@ def torch_taps(
 
 
 class Widened(Mode):
-    """Makes torch code that names float32 mean float64, so that a model which casts inside has a float64 truth."""
+    """Makes torch code that names float32 mean float64, so that a model which casts inside has a float64 truth.
+
+    A tensor that is still float32 was made outside of it: a constant held by the model's code. Its numbers are taken as
+    they would be written, else as they are, and what is rounded is noted. With a `seed` each such constant is moved by
+    one rounding of float32.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self.seed = seed
+        self.constants: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By where they lie: in float64, and themselves, so that nothing else comes to lie there."""
+        self.shapes: set[tuple[int, ...]] = set()
+        """Of those that are rounded."""
+
+    def widen(self, x):
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32):
+            return x
+        key = (x.data_ptr(), *x.shape)
+        if key not in self.constants:
+            array = x.detach().numpy()
+            wide = decimal(array)
+            if not is_exact(array):
+                self.shapes.add(tuple(x.shape))
+                if self.seed is not None:
+                    wide = wide * rounding_of_float32(array.shape, self.seed)
+            self.constants[key] = torch.tensor(wide), x
+        return self.constants[key][0]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if kwargs.get("dtype") is torch.float32:
             kwargs = {**kwargs, "dtype": torch.float64}
+        args, kwargs = pytree.tree_map(self.widen, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def rounding_of_float32(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Factors that move each number by up to one rounding of float32."""
+    return 1.0 + UNIT_ROUNDOFF["float32"] * np.random.default_rng(seed).uniform(-1.0, 1.0, shape)
 
 
 @contextlib.contextmanager
@@ -136,6 +170,8 @@ class TorchSide:
         self.aliases = {name: first[id(one)] for name, one in every if first[id(one)] != name}
         self.modules = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         self.has_run = False
+        self.held: set[tuple[int, ...]] = set()
+        """Shapes of rounded float32 constants that the module's code holds."""
         # A table's row that torch does not train, by the name of its parameter.
         self.padding = {
             f"{path}.weight".removeprefix("."): part.padding_idx
@@ -157,15 +193,14 @@ class TorchSide:
         return {name: to_numpy(one) for name, one in [*self.parameters.items(), *self.buffers.items()]}
 
     def rounded_buffers(self) -> list[str]:
-        """Buffers in float32, not stored with the weights, whose numbers are the rounding of others."""
-        stored = self.module.state_dict().keys()
+        """Buffers in float32 whose numbers are the rounding of others, if they are not computed anew in float64."""
         again = {
             f"{path}.{name}" for path in self._remakeable for name, _ in self.module.get_submodule(path).named_buffers()
         }
         return [
             name
             for name, one in self.buffers.items()
-            if one.dtype == torch.float32 and name not in {*stored, *self.constants, *again}
+            if one.dtype == torch.float32 and name not in self.constants and name not in again
             if not is_exact(to_numpy(one))
         ]
 
@@ -209,9 +244,11 @@ class TorchSide:
         wide: bool,
         noisy: bool = False,
         factors: Mapping[str, np.ndarray] | None = None,
+        seed: int | None = None,
     ) -> TorchRun:
         """One pass in `dtype`, or in float64 (`wide`), whatever the module names; `noisy` passes what a cast to `dtype`
-        rounds to `rounded`; `factors` multiply buffers. Without an objective there is no backward pass.
+        rounds to `rounded`; `factors` multiply buffers, and `seed` moves the constants that the code holds. Without an
+        objective there is no backward pass.
         """
         width = torch.float64 if wide else getattr(torch, dtype)
         module = self._wide_copy() if wide else self._narrow_copy(width)
@@ -244,7 +281,7 @@ class TorchSide:
 
         with contextlib.ExitStack() as stack:
             if wide:
-                stack.enter_context(Widened())
+                widened = stack.enter_context(Widened(seed))
                 stack.enter_context(_default_dtype(torch.float64))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(bool(objective)))
@@ -260,6 +297,7 @@ class TorchSide:
                 loss = objective(outputs)
                 if loss.requires_grad:
                     loss.backward()
+        self.held |= widened.shapes if wide else set()
         # A tied parameter has one gradient, under its first name.
         gradients = {name: to_numpy(one.grad) for name, one in module.named_parameters() if one.grad is not None}
         by_name = {**{f"input.{index}": one for index, one in enumerate(leaves)}, **_prefixed(named)}
