@@ -206,7 +206,7 @@ def test_the_page_says_the_verdict_first_and_marks_what_fails():
     text = found.to_html()
     page = Page(text)
     assert text.count('class="verdict beyond"') == 1 and "script" not in page.tags and "b" not in page.tags
-    order = [text.index(part) for part in ("<h1>", ">Divergence<", found.about["commit"], "numpy ", "<table", "<img")]
+    order = [text.index(part) for part in ("<h1>", ">Divergence<", found.about["date"], "numpy ", "<table", "<img")]
     assert order == sorted(order)
     failing = [cells for kind, cells in page.rows if kind == "beyond"]
     # One line of the summary (dtype, phase, side) and one tensor.
