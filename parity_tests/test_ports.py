@@ -3,8 +3,12 @@
 A spread of them here; `-m slow` runs all, and `python -m parity_tests.ports` writes the table of both rates.
 """
 
+import numpy as np
 import pytest
+import torch
 
+from parity_tests.compare import Rules, copy_weights, copy_weights_to_torch
+from parity_tests.compare.jax_side import open_model
 from parity_tests.compare.precision import DTYPES
 from parity_tests.ports.table import compare_pair, judge, ports
 
@@ -13,6 +17,9 @@ BUGS = [(name, bug) for name, port in PORTS.items() for bug in port.bugs]
 
 CLEAN = ("nnx_swiglu", "nnx_classifier", "nnx_conv_block", "nnx_remat_tower", "linen_scan", "eqx_mlp", "function_lstm")
 """One of every kind: casts inside, an embedding, NHWC, remat, stacked layers, vmap, a plain function."""
+
+CARRIED = ("nnx_encoder_layer", "nnx_conv_block", "linen_scan", "gpt2", "gpt-neox", "vit")
+"""Fused, convolutions, stacked, transformers' Conv1D, interleaved heads, kernels of nnx.MultiHeadAttention."""
 
 NAMED = BUGS[:: len(BUGS) // 12]
 """Every so many."""
@@ -40,6 +47,29 @@ def test_a_correct_llama_is_clean_in_float64_without_a_word():
 def test_a_planted_bug_is_named(name, bug):
     outcome = judge(PORTS[name], bug, dtypes=("float64",), seeds=range(2))
     assert outcome.right, (outcome, PORTS[name].bugs[bug])
+
+
+@pytest.mark.parametrize(
+    "name", [*CARRIED, *(pytest.param(n, marks=pytest.mark.slow) for n in PORTS if n not in CARRIED)]
+)
+def test_weights_are_carried_over_and_back(name):
+    """By the rules of the port, onto zeros, and on to a torch module of zeros; the ports themselves do it otherwise."""
+    pair = PORTS[name].make("")
+    rules, model = Rules(**(pair.rules or {})), open_model(pair.jax_side)
+    expected = {key: np.array(value) for key, value in [*model.params.items(), *model.state.items()]}
+    blank = model.replace(*({key: np.zeros_like(x) for key, x in x.items()} for x in (model.params, model.state)))
+    filled = open_model(copy_weights(pair.torch_module, blank, rules).module)
+    for key in filled.params:
+        np.testing.assert_array_equal(np.asarray(filled.params[key]), expected[key], err_msg=key)
+    before = {key: value.clone() for key, value in pair.torch_module.named_parameters()}
+    with torch.no_grad():
+        for parameter in pair.torch_module.parameters():
+            parameter.zero_()
+    copy_weights_to_torch(copy_weights(pair.torch_module, pair.jax_side, rules).module, pair.torch_module, rules)
+    assert all((parameter == 0).all() for parameter in pair.torch_module.parameters())
+    copy_weights_to_torch(PORTS[name].make("").jax_side, pair.torch_module, rules)
+    for key, parameter in pair.torch_module.named_parameters():
+        assert torch.equal(parameter, before[key]), key
 
 
 @pytest.mark.slow
