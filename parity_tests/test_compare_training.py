@@ -726,7 +726,7 @@ def test_bad_input_is_refused_in_one_line():
         (lambda: torch_training(torch_net, None, mean_square), "must be a torch.optim.Optimizer or a function"),
         (lambda: torch_training(flax_net, sgd(), mean_square), "must be a torch.nn.Module"),
         (lambda: jax_training(flax_net, sgd(), mean_square), "must have init and update"),
-        (lambda: jax_training(torch_net, optax.sgd(0.1), mean_square), "must be an nnx.Module"),
+        (lambda: jax_training(torch_net, optax.sgd(0.1), mean_square), "is a torch module"),
         (lambda: jax_training(flax_net, optax.sgd(0.1), lambda m, b: m(b[0]))(_batches()[0]), "must be a scalar"),
         (lambda: torch_training(torch_net, sgd(), lambda m, b: m(b[0]))(_batches()[0]), "must be a scalar"),
         (

@@ -61,15 +61,21 @@ def torch_taps(
 class Widened(Mode):
     """Makes torch code that names float32 mean float64, so that a model which casts inside has a float64 truth."""
 
+    def __init__(self, *narrower: torch.dtype) -> None:
+        """`narrower`: dtypes that mean float64 as well."""
+        super().__init__()
+        self.narrow = (torch.float32, *narrower)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
+        if kwargs.get("dtype") in self.narrow:
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Context in which new tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -245,7 +251,7 @@ class TorchSide:
         with contextlib.ExitStack() as stack:
             if wide:
                 stack.enter_context(Widened())
-                stack.enter_context(_default_dtype(torch.float64))
+                stack.enter_context(default_dtype(torch.float64))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(bool(objective)))
             forward, backward = stack.enter_context(torch_taps(module))
@@ -306,7 +312,7 @@ class TorchSide:
 
 def _made_again(part: torch.nn.Module) -> torch.nn.Module:
     """A part made from its `config` with float32 meaning float64."""
-    with Widened(), _default_dtype(torch.float64):
+    with Widened(), default_dtype(torch.float64):
         return type(part)(part.config).to(torch.float64).train(part.training)
 
 
