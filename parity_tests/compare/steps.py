@@ -46,9 +46,9 @@ def _what(value) -> str:
 class JaxTraining:
     """Updates of a JAX model by an optax transformation; made by `jax_training`."""
 
-    def __init__(self, model: Model, optimizer, loss: Callable, dtype: str, rules=None) -> None:
+    def __init__(self, model: Model, optimizer, loss: Callable, dtype: str, rules=None, jit: bool = True) -> None:
         self._model, self._loss = model, loss
-        self.dtype, self.rules = dtype, rules
+        self.dtype, self.rules, self._jit = dtype, rules, jit
         self.notes: list[str] = []
         """What was done to the model so that it computes in the dtype."""
         self._gradients: dict[Any, Callable] = {}
@@ -63,7 +63,7 @@ class JaxTraining:
             # As optax.apply_updates: a masked update has no leaf and cannot be added.
             return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates), state
 
-        self._optimizer, self._update = optimizer, jax.jit(update)
+        self._optimizer, self._update = optimizer, jax.jit(update) if self._jit else update
 
     def _begin(self) -> None:
         with self._precision():
@@ -220,17 +220,22 @@ def optax_slots(state, params) -> dict[str, Any]:
     return found
 
 
-def jax_training(model, optimizer, loss: Callable, *, dtype: str = "float64", rules=None) -> JaxTraining:
+def jax_training(
+    model, optimizer, loss: Callable, *, dtype: str = "float64", rules=None, jit: bool = True
+) -> JaxTraining:
     """Steps of a JAX model.
 
     `model` is a flax.nnx.Module, a pair (linen module, variables), an equinox.Module, or a pair (function, params).
     `loss(model, batch)` returns a scalar and gets the model as it was given; a Linen module bound to its variables; of
-    a pair (function, params) a function of the inputs alone. `optimizer` is an optax.GradientTransformation. Floating
-    arrays of the model and of a batch are cast to `dtype`. The model is not changed. Raises `CompareError`.
+    a pair (function, params) a function of the inputs alone. It is compiled once for batches of one form. Statistics
+    that it changes in an NNX or a bound Linen module are carried from step to step. `optimizer` is an
+    optax.GradientTransformation; with `jit=False` its update runs operation by operation, for one that cannot be
+    traced. Floating arrays of the model and of a batch are cast to `dtype`. The model is not changed. Raises
+    `CompareError`.
     """
     check_dtypes(dtype)
     require(callable(loss), f"loss={loss!r} must be callable; pass a function loss(model, batch) -> scalar.")
-    return JaxTraining(open_model(model), _checked(optimizer), loss, dtype, rules)
+    return JaxTraining(open_model(model), _checked(optimizer), loss, dtype, rules, jit)
 
 
 def _checked(optimizer):
