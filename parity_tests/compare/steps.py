@@ -121,7 +121,7 @@ class JaxTraining:
         return left | {f"parameter {name}": value for name, value in after.items()}
 
     def _differentiated(self, arrays: Mapping[int, jax.Array], fixed: Mapping[int, Any], form) -> Callable:
-        """(parameters, rest, arrays of a batch) -> ((loss, rest), gradients), compiled for batches of this form.
+        """(parameters, rest, arrays of a batch) -> ((loss, rest), gradients), made once for batches of this form.
 
         `fixed` are the leaves that are no arrays.
         """
@@ -173,8 +173,9 @@ class JaxTraining:
             outputs, _ = program.run(constants, jax.tree.leaves((params, rest, arrays)), None)
             return jax.tree.unflatten(structure, outputs)
 
-        compiled = jax.jit(jax.value_and_grad(forward, has_aux=True))
-        return lambda params, rest, arrays: compiled(params, rest, arrays, constants)
+        gradients = jax.value_and_grad(forward, has_aux=True)
+        gradients = jax.jit(gradients) if self._jit else gradients
+        return lambda params, rest, arrays: gradients(params, rest, arrays, constants)
 
 
 def optax_slots(state, params) -> dict[str, Any]:
@@ -227,11 +228,11 @@ def jax_training(
 
     `model` is a flax.nnx.Module, a pair (linen module, variables), an equinox.Module, or a pair (function, params).
     `loss(model, batch)` returns a scalar and gets the model as it was given; a Linen module bound to its variables; of
-    a pair (function, params) a function of the inputs alone. It is compiled once for batches of one form. Statistics
-    that it changes in an NNX or a bound Linen module are carried from step to step. `optimizer` is an
-    optax.GradientTransformation; with `jit=False` its update runs operation by operation, for one that cannot be
-    traced. Floating arrays of the model and of a batch are cast to `dtype`. The model is not changed. Raises
-    `CompareError`.
+    a pair (function, params) a function of the inputs alone. Statistics that it changes in an NNX or a Linen module
+    are carried from step to step. `optimizer` is an optax.GradientTransformation. Both are compiled, once for batches
+    of one form; with `jit=False` they run operation by operation, which suits a few steps of a small model and an
+    optimizer that cannot be traced. Floating arrays of the model and of a batch are cast to `dtype`. The model is not
+    changed. Raises `CompareError`.
     """
     check_dtypes(dtype)
     require(callable(loss), f"loss={loss!r} must be callable; pass a function loss(model, batch) -> scalar.")
