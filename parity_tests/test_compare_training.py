@@ -29,6 +29,16 @@ from parity_tests.compare.training import (
 )
 from parity_tests.compare.weights import copy_weights
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_compilation():
+    """Programs of a few small products take longer to optimize than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 STEPS = 5
 OUT, HIDDEN, IN = 3, 7, 5
 
