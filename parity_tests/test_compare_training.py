@@ -650,6 +650,16 @@ def test_a_layer_that_computes_in_float32_is_compared_in_float64():
     compared(optax.sgd(0.1), sgd(), nets=_nets(dtype=jnp.float32), steps=2).assert_equal()
 
 
+def test_a_loss_that_casts_inside_is_compared_in_float64():
+    def ours(model, batch):
+        return ((model.last(jnp.tanh(model.first(batch[0])).astype("float32")) - batch[1]) ** 2).mean()
+
+    def theirs(model, batch):
+        return ((model.last(torch.tanh(model.first(batch[0])).float()) - batch[1]) ** 2).mean()
+
+    compared(optax.sgd(0.1), sgd(), loss=ours, torch_loss=theirs, steps=2).assert_equal()
+
+
 def test_a_schedule_in_float32_is_seen():
     def rate(count):
         return jnp.asarray(0.1 / (1 + count), jnp.float32)
