@@ -1,6 +1,7 @@
 """Two trainings side by side: what agrees is let through, what does not is found first and called by its name."""
 
 import copy
+import functools
 import json
 import math
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from parity_tests.compare.diagnosis import FAMILIES, Recipe, diagnose, replay, reproduces
 from parity_tests.compare.errors import CompareError
 from parity_tests.compare.rules import Rules
-from parity_tests.compare.steps import optax_slots
+from parity_tests.compare.steps import JaxTraining, optax_slots
 from parity_tests.compare.training import (
     _cancelled,
     _measured,
@@ -26,6 +27,17 @@ from parity_tests.compare.training import (
     jax_training,
     torch_training,
 )
+from parity_tests.compare.weights import copy_weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_compilation():
+    """Programs of a few small products take longer to optimize than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
 
 STEPS = 5
 OUT, HIDDEN, IN = 3, 7, 5
@@ -40,10 +52,14 @@ class TorchNet(torch.nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
+def linear(*sizes: int, **options) -> nnx.Linear:
+    """A layer of zeros, which get torch's values; random ones would be compiled first."""
+    return nnx.Linear(*sizes, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros, **options)
+
+
 class FlaxNet(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, dtype=None) -> None:
-        self.first = nnx.Linear(IN, HIDDEN, rngs=rngs, dtype=dtype)
-        self.last = nnx.Linear(HIDDEN, OUT, rngs=rngs)
+    def __init__(self, dtype=None) -> None:
+        self.first, self.last = linear(IN, HIDDEN, dtype=dtype), linear(HIDDEN, OUT)
 
     def __call__(self, x):
         return self.last(jnp.tanh(self.first(x)))
@@ -52,7 +68,7 @@ class FlaxNet(nnx.Module):
 def _nets(seed: int = 0, dtype=None) -> tuple[FlaxNet, TorchNet]:
     """Both with the weights of torch."""
     torch.manual_seed(seed)
-    theirs, ours = TorchNet(), FlaxNet(nnx.Rngs(seed), dtype)
+    theirs, ours = TorchNet(), FlaxNet(dtype)
     for mine, other in ((ours.first, theirs.first), (ours.last, theirs.last)):
         mine.kernel[...] = jnp.asarray(other.weight.detach().numpy().T)
         mine.bias[...] = jnp.asarray(other.bias.detach().numpy())
@@ -96,14 +112,35 @@ def falling(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
 
 
+@functools.cache
+def _training(loss, dtype: str, jit: bool) -> JaxTraining:
+    """A training of the net by this loss, traced once for all tests."""
+    return jax_training(_nets()[0], optax.sgd(0.1), loss, dtype=dtype, jit=jit)
+
+
 def compared(
-    ours, theirs, *, seeds=range(4), steps=None, loss=mean_square, torch_loss=mean_square, nets=None, **options
+    ours,
+    theirs,
+    *,
+    seeds=range(2),
+    steps=None,
+    loss=mean_square,
+    torch_loss=mean_square,
+    nets=None,
+    jit=False,
+    **options,
 ):
-    """The report of two trainings; what `torch_training` takes goes there."""
-    flax_net, torch_net = nets or _nets()
+    """The report of two trainings; what `torch_training` takes goes there.
+
+    Nothing is compiled unless `jit`, which takes longer than a few steps of a small net.
+    """
+    torch_net = nets[1] if nets else _nets()[1]
     kept = {name: options.pop(name) for name in ("clip", "scheduler") if name in options}
+    dtype = options.get("dtype", "float64")
     return compare_training(
-        jax_training(flax_net, ours, loss, dtype=options.get("dtype", "float64")),
+        jax_training(nets[0], ours, loss, dtype=dtype, jit=jit)
+        if nets
+        else _training(loss, dtype, jit).fresh(optimizer=ours),
         torch_training(torch_net, theirs, torch_loss, **kept),
         _batches()[:steps],
         seeds=seeds,
@@ -153,7 +190,7 @@ EQUAL = {
 @pytest.mark.parametrize("name", EQUAL)
 def test_equal_trainings_are_equal(name):
     ours, theirs, options = EQUAL[name]
-    report = compared(ours(), theirs, seeds=range(8), **options)
+    report = compared(ours(), theirs, seeds=range(4), jit="schedule" in name, **options)
     report.assert_equal()
     assert report.exit_code == 0 and report.first_divergence is None and not report.diagnosis
     assert not any(report.alone.values())
@@ -408,7 +445,7 @@ def _matrices():
     """One matrix on each side, of more rows than columns, and batches for it."""
     torch.manual_seed(0)
     theirs = torch.nn.Linear(IN, HIDDEN, bias=False)
-    ours = nnx.Linear(IN, HIDDEN, use_bias=False, rngs=nnx.Rngs(0))
+    ours = linear(IN, HIDDEN, use_bias=False)
     ours.kernel[...] = jnp.asarray(theirs.weight.detach().numpy().T)
     rng = np.random.default_rng(0)
     sizes = ((6, IN), (6, HIDDEN))
@@ -603,14 +640,24 @@ def test_a_gradient_of_rounding_alone_may_err_by_what_the_others_err():
 
 
 def test_float32_is_judged_against_float64():
-    equal = compared(optax.adamw(0.01, weight_decay=0.01), adamw(), dtype="float32")
+    equal = compared(optax.adamw(0.01, weight_decay=0.01), adamw(), dtype="float32", jit=True)
     equal.assert_equal()
-    apart = compared(optax.adam(0.01, eps=1e-4), adam(), dtype="float32", steps=1)
+    apart = compared(optax.adam(0.01, eps=1e-4), adam(), dtype="float32", steps=1, jit=True)
     assert apart.first_divergence.kind == "update" and apart.exit_code == 1
 
 
 def test_a_layer_that_computes_in_float32_is_compared_in_float64():
     compared(optax.sgd(0.1), sgd(), nets=_nets(dtype=jnp.float32), steps=2).assert_equal()
+
+
+def test_a_loss_that_casts_inside_is_compared_in_float64():
+    def ours(model, batch):
+        return ((model.last(jnp.tanh(model.first(batch[0])).astype("float32")) - batch[1]) ** 2).mean()
+
+    def theirs(model, batch):
+        return ((model.last(torch.tanh(model.first(batch[0])).float()) - batch[1]) ** 2).mean()
+
+    compared(optax.sgd(0.1), sgd(), loss=ours, torch_loss=theirs, steps=2).assert_equal()
 
 
 def test_a_schedule_in_float32_is_seen():
@@ -637,46 +684,233 @@ def test_neither_side_is_changed():
     assert all(p.grad is None and p.dtype == torch.float32 for p in torch_net.parameters())
 
 
-def test_other_jax_libraries_train_too():
-    import flax.linen as nn
+def _linen(params):
+    from flax import linen
 
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            hidden = jnp.tanh(linen.Dense(HIDDEN, name="first", dtype=jnp.float32)(x))
+            return linen.Dense(OUT, name="last")(hidden)
+
+    return (Net(), {"params": params}), mean_square
+
+
+def _function(params):
+    def function(p, x):
+        return jnp.tanh(x @ p["first"]["kernel"] + p["first"]["bias"]) @ p["last"]["kernel"] + p["last"]["bias"]
+
+    return (function, params), mean_square
+
+
+def _equinox(params):
     equinox = pytest.importorskip("equinox")
 
-    _, torch_net = _nets()
-    arrays = {name: jnp.asarray(p.detach().numpy()) for name, p in torch_net.named_parameters()}
-    params = {
-        layer: {"kernel": arrays[f"{layer}.weight"].T, "bias": arrays[f"{layer}.bias"]} for layer in ("first", "last")
-    }
-
-    class Linen(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(OUT, name="last")(jnp.tanh(nn.Dense(HIDDEN, name="first", dtype=jnp.float32)(x)))
-
-    class Equinox(equinox.Module):
+    class Net(equinox.Module):
         first: equinox.nn.Linear
         last: equinox.nn.Linear
 
         def __call__(self, x):
             return self.last(jnp.tanh(self.first(x)))
 
-    def function(p, x):
-        return jnp.tanh(x @ p["first"]["kernel"] + p["first"]["bias"]) @ p["last"]["kernel"] + p["last"]["bias"]
+    def layer(*sizes):  # shapes alone, filled below
+        return equinox.filter_eval_shape(equinox.nn.Linear, *sizes, key=jax.random.key(0))
 
-    key = jax.random.key(0)
-    module = Equinox(equinox.nn.Linear(IN, HIDDEN, key=key), equinox.nn.Linear(HIDDEN, OUT, key=key))
-    module = equinox.tree_at(lambda m: (m.first.weight, m.first.bias), module, tuple(arrays.values())[:2])
-    module = equinox.tree_at(lambda m: (m.last.weight, m.last.bias), module, tuple(arrays.values())[2:])
-    theirs = torch_training(torch_net, adamw(), mean_square)
-    for model, loss in (
-        ((Linen(), {"params": params}), mean_square),
-        ((function, params), mean_square),
-        (module, lambda m, b: mean_square(jax.vmap(m), b)),
-    ):
-        ours = jax_training(model, optax.adamw(0.01, weight_decay=0.01), loss)
-        report = compare_training(ours, theirs, _batches()[:1], seeds=(0,))
-        report.assert_equal()
-        assert "8 of 8 slots" in report.coverage()
+    module = Net(layer(IN, HIDDEN), layer(HIDDEN, OUT))
+    for name, arrays in params.items():
+        where = functools.partial(lambda m, name: (getattr(m, name).weight, getattr(m, name).bias), name=name)
+        module = equinox.tree_at(where, module, (arrays["kernel"].T, arrays["bias"]))
+    return module, lambda m, b: mean_square(jax.vmap(m), b)
+
+
+@pytest.mark.parametrize("library", [_linen, _function, _equinox])
+def test_other_jax_libraries_train_too(library):
+    _, torch_net = _nets()
+    arrays = {name: jnp.asarray(p.detach().numpy()) for name, p in torch_net.named_parameters()}
+    params = {
+        layer: {"kernel": arrays[f"{layer}.weight"].T, "bias": arrays[f"{layer}.bias"]} for layer in ("first", "last")
+    }
+    model, loss = library(params)
+    ours = jax_training(model, optax.adamw(0.01, weight_decay=0.01), loss)
+    report = compare_training(ours, torch_training(torch_net, adamw(), mean_square), _batches()[:1], seeds=(0,))
+    report.assert_equal()
+    assert "8 of 8 slots" in report.coverage()
+
+
+class TorchCounting(torch.nn.Module):
+    """Multiplies by the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(IN, OUT)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1.0
+        return self.layer(x) * self.calls
+
+
+def _counting_nnx(kernel, bias):
+    class Counting(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = linear(IN, OUT)
+            self.layer.kernel[...], self.layer.bias[...] = kernel, bias
+            self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return self.layer(x) * self.calls[...]
+
+    return Counting()
+
+
+def _counting_linen(kernel, bias):
+    from flax import linen
+
+    class Counting(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            calls = self.variable("batch_stats", "calls", lambda: jnp.zeros(()))
+            calls.value = calls.value + 1.0
+            return linen.Dense(OUT, name="layer")(x) * calls.value
+
+    variables = {"params": {"layer": {"kernel": kernel, "bias": bias}}, "batch_stats": {"calls": jnp.zeros(())}}
+    return Counting(), variables
+
+
+@pytest.mark.parametrize("library", [_counting_nnx, _counting_linen])
+def test_statistics_are_carried_from_step_to_step(library):
+    torch.manual_seed(0)
+    theirs = TorchCounting()
+    ours = library(jnp.asarray(theirs.layer.weight.detach().numpy().T), jnp.asarray(theirs.layer.bias.detach().numpy()))
+    compared(optax.sgd(0.1), sgd(), nets=(ours, theirs), steps=3).assert_equal()
+
+
+class TorchStack(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(IN, IN) for _ in range(3))
+        self.head = torch.nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+class FlaxStack(nnx.Module):
+    """One scanned layer that holds three."""
+
+    def __init__(self) -> None:
+        self.blocks, self.head = linear(IN, IN), linear(IN, OUT)
+        self.blocks.kernel = nnx.Param(jnp.zeros((3, IN, IN)))
+        self.blocks.bias = nnx.Param(jnp.zeros((3, IN)))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def forward(layer, x):
+            return jnp.tanh(layer(x))
+
+        return self.head(forward(self.blocks, x))
+
+
+def _middle_twice():
+    """Doubles the gradients of a stack's second layer."""
+
+    def double(path, x):
+        stacked = "blocks" in jax.tree_util.keystr(path)
+        return x * jnp.array([1.0, 2.0, 1.0]).reshape(3, *(1,) * (x.ndim - 1)) if stacked else x
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(double, updates))
+
+
+def test_a_scanned_stack_is_compared_layer_by_layer():
+    torch.manual_seed(0)
+    theirs, ours, rules = TorchStack(), FlaxStack(), Rules(stacked={"blocks": "layers.{}"})
+    copy_weights(theirs, ours, rules=rules)
+    training = jax_training(ours, optax.adamw(0.01, weight_decay=0.01), mean_square)
+    reference = torch_training(theirs, adamw(), mean_square)
+    report = compare_training(training, reference, _batches()[:2], rules=rules, seeds=(0, 1))
+    report.assert_equal()
+    assert "8 of 8 gradients, 16 of 16 slots, 8 of 8 updates" in report.coverage()
+    assert {"slot exp_avg_sq layers.2.bias", "slot step layers.1.weight"} <= {
+        f"{row.kind} {row.slot} {row.name}" for row in report.rows
+    }
+    wrong = training.fresh(optimizer=optax.chain(_middle_twice(), optax.adamw(0.01, weight_decay=0.01)))
+    report = compare_training(wrong, reference, _batches()[:2], rules=rules, seeds=(0, 1))
+    assert report.first_divergence.text == "step 1, slot exp_avg layers.1.weight"
+    assert {row.name for row in report.rows if row.beyond and row.step == 1 and row.kind == "slot"} == {
+        "layers.1.weight",
+        "layers.1.bias",
+    }
+
+
+class TorchAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def attention(params, x):
+    """Two heads, with matrices of their own for queries, keys and values."""
+    q, k, v = (
+        (x @ params[name]["kernel"] + params[name]["bias"]).reshape(*x.shape[:2], 2, 3)
+        for name in ("query", "key", "value")
+    )
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(3))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+    return mixed @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+FUSED = Rules(
+    names={"out": "attention.out_proj"},
+    fused={
+        "attention.in_proj_weight": ["query.kernel", "key.kernel", "value.kernel"],
+        "attention.in_proj_bias": ["query.bias", "key.bias", "value.bias"],
+    },
+)
+
+
+def test_a_fused_projection_is_compared_as_torch_has_it():
+    torch.manual_seed(0)
+    theirs, rng = TorchAttention(), np.random.default_rng(0)
+    empty = {name: {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)} for name in ("query", "key", "value", "out")}
+    ours = copy_weights(theirs, (attention, empty), rules=FUSED).module
+    batches = [tuple(rng.standard_normal((2, 4, 6)).astype(np.float32) for _ in range(2)) for _ in range(2)]
+    training = jax_training(ours, optax.adamw(0.01, weight_decay=0.01), mean_square, rules=FUSED)
+    reference = torch_training(theirs, adamw(), mean_square)
+    report = compare_training(training, reference, batches, seeds=(0, 1))
+    report.assert_equal()
+    assert "4 of 4 gradients, 8 of 8 slots, 4 of 4 updates, 4 of 4 parameters" in report.coverage()
+
+    def double(path, x):
+        return 2 * x if "key" in jax.tree_util.keystr(path, simple=True) and x.ndim == 2 else x
+
+    keys_twice = optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(double, updates))
+    wrong = training.fresh(optimizer=optax.chain(keys_twice, optax.adamw(0.01, weight_decay=0.01)))
+    report = compare_training(wrong, reference, batches, seeds=(0, 1))
+    assert report.first_divergence.text == "step 1, slot exp_avg attention.in_proj_weight"
+    row = int(report.first_divergence.detail.partition("(")[2].partition(",")[0])
+    assert 6 <= row < 12, "the keys' rows of the three"
+
+
+IN_ORDER = ["loss", "gradient", "slot", "update", "parameter"]
+
+
+@pytest.mark.parametrize("kind", IN_ORDER)
+def test_of_one_step_the_kind_that_comes_about_first_is_named(kind):
+    def side(wrong):
+        names = {"loss": "loss", "slot": "slot exp_avg x"} | {one: f"{one} x" for one in IN_ORDER[1::2] + IN_ORDER[4:]}
+        left = {names[one]: np.float64(2.0 if one in wrong else 1.0) for one in reversed(IN_ORDER)}
+        return lambda batch: left
+
+    from_here = IN_ORDER[IN_ORDER.index(kind) :]
+    report = compare_training(side(from_here), side(()), [0.0], allowance=lambda step, name: 0.0)
+    assert report.first_divergence.kind == kind
+    assert [row.kind for row in report.rows] == IN_ORDER
 
 
 def test_any_callable_does_with_an_allowance_of_its_own():
@@ -724,11 +958,42 @@ def test_bad_input_is_refused_in_one_line():
         (lambda: torch_training(torch_net, stranger, mean_square), "no parameters of the module"),
         (lambda: torch_training(torch_net, sgd(), mean_square, clip=0.0), "clip=0.0 must be positive"),
         (lambda: torch_training(torch_net, None, mean_square), "must be a torch.optim.Optimizer or a function"),
+        (lambda: compare_training(theirs, ours, _batches()), "step_b is the JAX training"),
+        (lambda: compare_training(ours, ours, _batches()), "step_b is the JAX training"),
+        (lambda: compare_training(ours, theirs, None), "batches=NoneType must be a list"),
+        (lambda: compare_training(ours, theirs, {"x": 1}), "batches=dict must be a list"),
+        (lambda: compare_training(ours, theirs, [3.0]), "loss does not run on this batch"),
+        (lambda: ours([1.0, 2.0]), "the JAX loss does not run on this batch"),
+        (lambda: jax_training(flax_net, used, mean_square), "is torch's SGD"),
+        (lambda: jax_training(flax_net, torch.optim.AdamW, mean_square), "is torch's AdamW"),
+        (lambda: jax_training(flax_net, optax.sgd, mean_square), "must have init and update"),
+        (lambda: torch_training(torch_net, optax.sgd(0.1), mean_square), "is an optax transformation"),
+        (lambda: torch_training(torch_net, optax.sgd, mean_square), "the factory returned GradientTransformation"),
+        (lambda: torch_training(torch_net, lambda p: torch.optim.SGD(), mean_square), "cannot be made: TypeError"),
+        *(
+            (lambda result=result: jax_training(flax_net, optax.sgd(0.1), lambda m, b: result)(None), words)
+            for result, words in ((None, "returned a NoneType"), ((1.0, 2.0), "returned a tuple"), (1, "a int"))
+        ),
+        *(
+            (lambda result=result: torch_training(torch_net, sgd(), lambda m, b: result)(None), words)
+            for result, words in (
+                (None, "returned a NoneType"),
+                (torch.ones(2), "an array of shape (2,)"),
+                ((torch.ones(()),), "returned a tuple"),
+                (torch.ones(()), "does not depend on a trained parameter"),
+            )
+        ),
+        (
+            lambda: compare_training(
+                lambda b: {"loss": 1.0, "parameter weight": np.ones(3)}, theirs, _batches(), allowance=lambda *_: 0.0
+            ),
+            "no tensor's name is common to both sides: JAX has parameter weight",
+        ),
         (lambda: torch_training(flax_net, sgd(), mean_square), "must be a torch.nn.Module"),
         (lambda: jax_training(flax_net, sgd(), mean_square), "must have init and update"),
-        (lambda: jax_training(torch_net, optax.sgd(0.1), mean_square), "must be an nnx.Module"),
-        (lambda: jax_training(flax_net, optax.sgd(0.1), lambda m, b: m(b[0]))(_batches()[0]), "must be a scalar"),
-        (lambda: torch_training(torch_net, sgd(), lambda m, b: m(b[0]))(_batches()[0]), "must be a scalar"),
+        (lambda: jax_training(torch_net, optax.sgd(0.1), mean_square), "is a torch module"),
+        (lambda: jax_training(flax_net, optax.sgd(0.1), lambda m, b: m(b[0]))(_batches()[0]), "return a scalar"),
+        (lambda: torch_training(torch_net, sgd(), lambda m, b: m(b[0]))(_batches()[0]), "return a scalar"),
         (
             lambda: compare_training(ours, torch_training(dropping, sgd(), mean_square), _batches()),
             "two runs of the reference differ",

@@ -33,6 +33,12 @@ class Model(NamedTuple):
     """(built model, dtype, notes) -> context in which calling it names its submodules' outputs."""
     replace: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
     """(params, state) -> what the user handed over, with these arrays."""
+    tree: Callable[[Mapping[str, Any]], Any]
+    """Values by path of the trained arrays -> the pytree of them that its user's optimizer is given."""
+    rest: dict[str, Any]
+    """All other arrays by path, whole numbers and random keys too."""
+    live: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Any, Callable[[], dict[str, Any]]]]
+    """(params, rest) -> the model as a loss calls it, and a function that gives `rest` as the calls have left it."""
     dropping: tuple[str, ...] = ()
     """Its dropout layers that are on, unless a call says otherwise."""
     eval: str = ""
@@ -81,9 +87,13 @@ def _open_nnx(module) -> Model:
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     flat, others = dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(rest))
 
-    def named(variables):
+    def arrays_of(variables):
         found = {".".join(map(str, path)): _value(variable) for path, variable in variables.items()}
-        return {name: value for name, value in found.items() if is_inexact(value) or isinstance(value, np.ndarray)}
+        return {name: value for name, value in found.items() if isinstance(value, jax.Array | np.ndarray)}
+
+    def named(variables):
+        found = arrays_of(variables).items()
+        return {name: value for name, value in found if is_inexact(value) or isinstance(value, np.ndarray)}
 
     def filled(variables, arrays):
         pairs = []
@@ -99,6 +109,15 @@ def _open_nnx(module) -> Model:
         nnx.update(module, filled(flat, params), filled(others, state))
         return module
 
+    def live(params, rest):
+        built = build(params, rest)
+
+        def left():
+            found = arrays_of(dict(nnx.to_flat_state(nnx.state(built, nnx.Not(nnx.Param)))))
+            return {name: found[name] for name in rest}
+
+        return built, left
+
     parts = [(".".join(map(str, path)), part) for path, part in nnx.iter_modules(module)]
     dropping = tuple(
         f"{name or 'the module'} (rate={part.rate})"
@@ -107,7 +126,8 @@ def _open_nnx(module) -> Model:
     )
     paths = [name for name, _ in parts if name]
     off = "call module.eval()"
-    return Model("nnx", named(flat), named(others), paths, build, _nnx_taps, replace, dropping, off)
+    tree, rest = _refilling(nnx.as_pure(params)), arrays_of(others)
+    return Model("nnx", named(flat), named(others), paths, build, _nnx_taps, replace, tree, rest, live, dropping, off)
 
 
 def _value(variable):
@@ -222,9 +242,39 @@ def _open_linen(module, variables, *, bound: bool) -> Model:
         filled = put(params, state)
         return module.bind(filled) if bound else (module, filled)
 
+    def rest_of(variables):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(dict(variables))
+        return {".".join(map(_part, path)): value for path, value in leaves if _part(path[0]) != "params"}
+
+    def live(params, rest):
+        keys = [".".join(map(_part, path)) for path, _ in leaves]
+        filled = [
+            params[name] if kind == "params" else rest[key] for key, (kind, name) in zip(keys, names, strict=True)
+        ]
+        changing = [collection for collection in variables if collection != "params"]
+        built = module.bind(jax.tree.unflatten(tree, filled), mutable=changing)
+
+        def left():
+            found = rest_of(built.variables)
+            return {key: found[key] for key in rest}
+
+        return built, left
+
     paths = {name.rpartition(".")[0] for name in [*params, *state]}
     paths = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
-    return Model("linen", params, _inexact(state), sorted(paths - {""}), build, taps, replace)
+    trained = _refilling(variables["params"], ".value")
+    return Model(
+        "linen",
+        params,
+        _inexact(state),
+        sorted(paths - {""}),
+        build,
+        taps,
+        replace,
+        trained,
+        rest_of(variables),
+        live,
+    )
 
 
 def _open_equinox(module) -> Model:
@@ -264,6 +314,9 @@ def _open_equinox(module) -> Model:
         build,
         taps,
         build,
+        _refilling(module),
+        {},
+        _alive(build),
         dropping,
         "pass equinox.nn.inference_mode(module)",
     )
@@ -317,7 +370,25 @@ def _open_function(function, params) -> Model:
         build,
         lambda model, dtype, notes: contextlib.nullcontext(),
         lambda params, state: (function, put(params, state)),
+        _refilling(params),
+        {},
+        _alive(build),
     )
+
+
+def _alive(build: Callable) -> Callable:
+    """`Model.live` of a library whose calls change nothing."""
+    return lambda params, rest: (build(params, {}), dict)
+
+
+def _refilling(tree: Any, suffix: str = "") -> Callable[[Mapping[str, Any]], Any]:
+    """A function that puts values by path in place of a tree's leaves, and None where there is none.
+
+    `suffix`: of a leaf's path, no part of its name.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [".".join(map(_part, path)).removesuffix(suffix) or "params" for path, _ in leaves]
+    return lambda values: jax.tree.unflatten(structure, [values.get(name) for name in names])
 
 
 def _inexact(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,6 +401,14 @@ def _part(key) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def cast(x, dtype: str) -> jax.Array:
+    """A JAX array; in this dtype if it holds real numbers, in one as wide if complex ones."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return x.astype(jnp.complex128 if dtype == "float64" else jnp.complex64)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 class JaxRun(NamedTuple):
@@ -429,17 +508,8 @@ class JaxSide:
     def _arrays(self, dtype: str):
         """Parameters, states and inputs in this dtype."""
         with tracing(dtype):
-
-            def cast(x):
-                x = jnp.asarray(x)
-                if jnp.issubdtype(x.dtype, jnp.complexfloating):
-                    return x.astype(jnp.complex128 if dtype == "float64" else jnp.complex64)
-                return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-            params = {name: cast(one) for name, one in self.model.params.items()}
-            state = {name: cast(one) for name, one in self.model.state.items()}
-            inputs = {name: cast(one) for name, one in self.given().items()}
-        return params, state, inputs
+            found = self.model.params, self.model.state, self.given()
+            return tuple({name: cast(one, dtype) for name, one in arrays.items()} for arrays in found)
 
     def given(self) -> dict[str, np.ndarray]:
         """The inputs that are arrays, by position or name."""

@@ -7,8 +7,7 @@ A step returns a mapping with some of: "loss"; "gradient NAME", as differentiate
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,30 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from parity_tests.compare.errors import CompareError, require
-from parity_tests.compare.montecarlo import rounded
+from parity_tests.compare.errors import CompareError, first_line, require, some
+from parity_tests.compare.jax_side import Model, cast, is_inexact, open_model
+from parity_tests.compare.montecarlo import Mode, rounded
 from parity_tests.compare.precision import check_dtypes
+from parity_tests.compare.program import Program, tracing
+from parity_tests.compare.torch_side import Widened, default_dtype
+from parity_tests.compare.walk import Arrays, to_numpy
 
-Arrays = dict[str, np.ndarray]
-
-
-def to_numpy(x) -> np.ndarray:
-    """A jax or torch array on the host, in a memory of its own; bfloat16 becomes float32."""
-    if isinstance(x, torch.Tensor):
-        x = x.detach().cpu()
-        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    x = np.array(x)
-    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes that torch's optimizers and losses name beside float32: Muon's products."""
 
 
 def _is_array(x) -> bool:
-    return isinstance(x, np.ndarray | np.generic | jax.Array)
-
-
-def _is_inexact(x) -> bool:
-    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return isinstance(x, np.ndarray | np.generic | jax.Array | torch.Tensor)
 
 
 def _paths(tree) -> dict[str, Any]:
@@ -48,65 +38,144 @@ def _paths(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def _what(value) -> str:
+    """A value that should have been a scalar, in words."""
+    return f"an array of shape {tuple(np.shape(value))}" if _is_array(value) else f"a {type(value).__name__}"
+
+
 class JaxTraining:
     """Updates of a JAX model by an optax transformation; made by `jax_training`."""
 
-    def __init__(self, params, rest, rebuild: Callable, optimizer, loss: Callable, dtype: str, rules=None) -> None:
-        """`rebuild(params, rest, dtype)` gives the model, a function that returns `rest` as the loss left it, and a
-        context for the loss.
-        """
-        self._made_of = (params, rest, rebuild, optimizer, loss, dtype, rules)
-        self._rebuild, self._optimizer, self._loss = rebuild, optimizer, loss
-        self.dtype, self.rules = dtype, rules
+    def __init__(self, model: Model, optimizer, loss: Callable, dtype: str, rules=None, jit: bool = True) -> None:
+        self._model, self._loss = model, loss
+        self.dtype, self.rules, self._jit = dtype, rules, jit
+        self.notes: list[str] = []
+        """What was done to the model so that it computes in the dtype."""
+        self._gradients: dict[Any, Callable] = {}
+        names = model.tree({name: name for name in model.params})
+        self._named = _paths(names)
+        self._take(optimizer)
+        self._begin()
+
+    def _take(self, optimizer) -> None:
+        def update(gradients, state, params):
+            updates, state = optimizer.update(gradients, state, params)
+            # As optax.apply_updates: a masked update has no leaf and cannot be added.
+            return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates), state
+
+        self._optimizer, self._update = optimizer, jax.jit(update) if self._jit else update
+
+    def _begin(self) -> None:
         with self._precision():
-            self._params, self._rest = jax.tree.map(self._cast, (params, rest))
-            self._state = optimizer.init(self._params)
+            self._params = self._model.tree({name: cast(x, self.dtype) for name, x in self._model.params.items()})
+            self._rest = {name: cast(x, self.dtype) for name, x in self._model.rest.items()}
+            try:
+                self._state = self._optimizer.init(self._params)
+            except Exception as error:
+                raise CompareError(
+                    f"the optimizer cannot be initialized with the parameters: {first_line(error)}; its masks and "
+                    "labels must fit their tree."
+                ) from error
 
+    @contextlib.contextmanager
     def _precision(self):
-        return jax.enable_x64(self.dtype == "float64")
+        """What the optimizer runs in. A dtype that it names is meant: a schedule in float32 is a difference."""
+        with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
+            yield
 
-    def _cast(self, x):
-        if not _is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x
-        return jnp.array(x, self.dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
-
-    def fresh(self) -> "JaxTraining":
-        """The same training before its first step."""
-        return type(self)(*self._made_of)
+    def fresh(self, *, optimizer=None) -> "JaxTraining":
+        """The same training before its first step, with another optimizer if one is given; compiled once for all."""
+        again = copy.copy(self)
+        if optimizer is not None:
+            again._take(_checked(optimizer))
+        again._begin()
+        return again
 
     def start(self) -> Arrays:
         """The parameters as they are now, by JAX path."""
-        return {name: to_numpy(value) for name, value in _paths(self._params).items()}
+        return self._by_name(self._params)
+
+    def _by_name(self, tree) -> Arrays:
+        return {self._named[path]: to_numpy(value) for path, value in _paths(tree).items()}
 
     def __call__(self, batch) -> Arrays:
-        with self._precision(), jax.default_matmul_precision("highest"):
-            arguments = jax.tree.map(self._cast, batch)
+        leaves, form = jax.tree.flatten(batch)
+        with tracing(self.dtype):
+            arrays = {
+                i: cast(to_numpy(x) if isinstance(x, torch.Tensor) else x, self.dtype)
+                for i, x in enumerate(leaves)
+                if _is_array(x)
+            }
+            fixed = {i: x for i, x in enumerate(leaves) if i not in arrays}
+            differentiate = self._differentiated(arrays, fixed, form)
+            (loss, self._rest), gradients = differentiate(self._params, self._rest, arrays)
+        before = self.start()
+        with self._precision():
+            self._params, self._state = self._update(gradients, self._state, self._params)
+        slots = {tuple(key.split(" ", 1)): x for key, x in optax_slots(self._state, self._params).items()}
+        after = self.start()
+        left = {"loss": to_numpy(loss)}
+        left |= {f"gradient {name}": value for name, value in self._by_name(gradients).items()}
+        left |= {f"slot {slot} {self._named[path]}": to_numpy(value) for (slot, path), value in slots.items()}
+        left |= {f"update {name}": after[name] - before[name] for name in after}
+        return left | {f"parameter {name}": value for name, value in after.items()}
 
-            def objective(params):
-                model, rest_of, context = self._rebuild(params, self._rest, self.dtype)
-                with context:
-                    loss = jnp.asarray(self._loss(model, arguments))
-                require(
-                    loss.shape == (),
-                    f"the JAX loss has shape {loss.shape} and must be a scalar; take its mean or its sum.",
-                )
-                return loss, rest_of()
+    def _differentiated(self, arrays: Mapping[int, jax.Array], fixed: Mapping[int, Any], form) -> Callable:
+        """(parameters, rest, arrays of a batch) -> ((loss, rest), gradients), made once for batches of this form.
 
-            (loss, self._rest), gradients = jax.value_and_grad(objective, has_aux=True)(self._params)
-            updates, self._state = self._optimizer.update(gradients, self._state, self._params)
-            before = self._params
-            # As optax.apply_updates: a masked update has no leaf and cannot be added.
-            self._params = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), before, updates)
-            left = {"loss": to_numpy(loss)}
-            left |= {f"gradient {name}": to_numpy(value) for name, value in _paths(gradients).items()}
-            left |= {f"slot {key}": to_numpy(value) for key, value in optax_slots(self._state, before).items()}
-            old, new = self._paths_of(before), self._paths_of(self._params)
-            left |= {f"update {name}": new[name] - old[name] for name in new}
-            return left | {f"parameter {name}": value for name, value in new.items()}
+        `fixed` are the leaves that are no arrays.
+        """
+        key = (form, tuple((i, x.shape, x.dtype) for i, x in arrays.items()), tuple(fixed.items()))
+        try:
+            known = self._gradients.get(key)
+        except TypeError:
+            raise CompareError(
+                f"a batch holds {some(type(x).__name__ for x in fixed.values())}, which cannot be compiled; a batch is "
+                "a pytree of arrays, numbers and strings."
+            ) from None
+        if known is None:
+            known = self._gradients[key] = self._compiled(arrays, fixed, form)
+        return known
 
-    @staticmethod
-    def _paths_of(params) -> Arrays:
-        return {name: to_numpy(value) for name, value in _paths(params).items()}
+    def _compiled(self, arrays: Mapping[int, jax.Array], fixed: Mapping[int, Any], form) -> Callable:
+        def run(params, rest, arrays):
+            by_name = {self._named[path]: value for path, value in _paths(params).items()}
+            model, left = self._model.live(by_name, rest)
+            batch = jax.tree.unflatten(form, [x for _, x in sorted({**arrays, **fixed}.items())])
+            with self._model.taps(model, self.dtype, self.notes):
+                loss = self._loss(model, batch)
+            scalar = isinstance(loss, float | np.ndarray | np.generic | jax.Array) and np.shape(loss) == ()
+            require(
+                scalar and jnp.issubdtype(jnp.result_type(loss), jnp.floating),
+                f"the JAX loss returned {_what(loss)} and must return a scalar; return its mean or its sum alone.",
+            )
+            return jnp.asarray(loss), {name: jnp.asarray(x, rest[name].dtype) for name, x in left().items()}
+
+        try:
+            jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(self._params, self._rest, arrays)
+        except CompareError:
+            raise
+        except Exception as error:
+            raise CompareError(
+                f"the JAX loss does not run on this batch: {first_line(error)}; loss(model, batch) gets the batch as "
+                "it is, and must run under jax.jit."
+            ) from error
+        program = Program(jaxpr, widen=self.dtype == "float64")
+        on = f": {some(self._model.dropping)}" if self._model.dropping else ""
+        require(
+            not program.draws(),
+            f"the JAX loss draws random numbers{on}, which torch cannot draw as well; "
+            f"{self._model.eval or 'switch dropout off'}.",
+        )
+        structure, constants = jax.tree.structure(shapes), program.constants()
+
+        def forward(params, rest, arrays, constants):
+            outputs, _ = program.run(constants, jax.tree.leaves((params, rest, arrays)), None)
+            return jax.tree.unflatten(structure, outputs)
+
+        gradients = jax.value_and_grad(forward, has_aux=True)
+        gradients = jax.jit(gradients) if self._jit else gradients
+        return lambda params, rest, arrays: gradients(params, rest, arrays, constants)
 
 
 def optax_slots(state, params) -> dict[str, Any]:
@@ -131,7 +200,7 @@ def optax_slots(state, params) -> dict[str, Any]:
             owned: dict[str, None] = {}
             for field, child in children.items():
                 leaves = _paths(child)
-                floats = [name for name, x in leaves.items() if _is_inexact(x) and shapes.get(name) == np.shape(x)]
+                floats = [name for name, x in leaves.items() if is_inexact(x) and shapes.get(name) == np.shape(x)]
                 if leaves and len(floats) == len(leaves):
                     owned |= dict.fromkeys(leaves)
                     for name, value in leaves.items():
@@ -152,118 +221,50 @@ def optax_slots(state, params) -> dict[str, Any]:
     return found
 
 
-def jax_training(model, optimizer, loss: Callable, *, dtype: str = "float64", rules=None) -> JaxTraining:
+def jax_training(
+    model, optimizer, loss: Callable, *, dtype: str = "float64", rules=None, jit: bool = True
+) -> JaxTraining:
     """Steps of a JAX model.
 
     `model` is a flax.nnx.Module, a pair (linen module, variables), an equinox.Module, or a pair (function, params).
     `loss(model, batch)` returns a scalar and gets the model as it was given; a Linen module bound to its variables; of
-    a pair (function, params) a function of the inputs alone. `optimizer` is an optax.GradientTransformation. Floating
-    arrays of the model and of a batch are cast to `dtype`. The model is not changed. Raises `CompareError`.
+    a pair (function, params) a function of the inputs alone. Statistics that it changes in an NNX or a Linen module
+    are carried from step to step. `optimizer` is an optax.GradientTransformation. Both are compiled, once for batches
+    of one form; with `jit=False` they run operation by operation, which suits a few steps of a small model and an
+    optimizer that cannot be traced. Floating arrays of the model and of a batch are cast to `dtype`. The model is not
+    changed. Raises `CompareError`.
     """
     check_dtypes(dtype)
-    require(
-        hasattr(optimizer, "init") and hasattr(optimizer, "update"),
-        f"optimizer={type(optimizer).__name__} must have init and update; pass an optax.GradientTransformation.",
-    )
     require(callable(loss), f"loss={loss!r} must be callable; pass a function loss(model, batch) -> scalar.")
-    return JaxTraining(*_parts_of(model), optimizer, loss, dtype, rules)
+    return JaxTraining(open_model(model), _checked(optimizer), loss, dtype, rules, jit)
 
 
-def _parts_of(model) -> tuple[Any, Any, Callable]:
-    """Parameters, the other arrays, and the function that makes a model of them."""
-    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
-    if "flax.Module" in kinds and not isinstance(model, tuple):
-        from flax import nnx
-
-        require(
-            isinstance(model, nnx.Module),
-            f"{type(model).__name__} is a Linen module without its variables; pass (module, variables).",
-        )
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-        variables, like = jax.tree.structure(params), jax.tree.structure(rest)
-
-        def rebuild(values, others, dtype):
-            whole = nnx.merge(graph, variables.unflatten(jax.tree.leaves(values)), like.unflatten(others))
-            for _, part in nnx.iter_modules(whole):
-                _compute_in(part, dtype)
-            return whole, lambda: jax.tree.leaves(nnx.state(whole, nnx.Not(nnx.Param))), contextlib.nullcontext()
-
-        return nnx.as_pure(params), jax.tree.leaves(rest), rebuild
-    if "equinox.Module" in kinds:
-        params = jax.tree.map(lambda x: x if _is_inexact(x) else None, model)
-
-        def rebuild(values, *_):
-            whole = jax.tree.map(
-                lambda value, other: other if value is None else value, values, model, is_leaf=lambda x: x is None
-            )
-            return whole, lambda: (), contextlib.nullcontext()
-
-        return params, (), rebuild
-    good = isinstance(model, tuple) and len(model) == 2
-    require(
-        good,
-        f"the JAX model is a {type(model).__name__} and must be an nnx.Module, (linen module, variables), an "
-        "equinox.Module or (function, params); pass one of them.",
+def _checked(optimizer):
+    """The optax transformation. Raises `CompareError` for what is none."""
+    of_torch = isinstance(optimizer, torch.optim.Optimizer) or (
+        isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
     )
-    what, values = model
-    if hasattr(what, "bind"):
-        others = {name: value for name, value in values.items() if name != "params"}
-        require("params" in values, "the Linen variables have no collection 'params'; pass what init returned.")
-        return values["params"], others, functools.partial(_bound, what)
-    require(callable(what), f"{what!r} must be callable; pass (function, params), called as function(params, ...).")
-    return values, (), lambda p, *_: (functools.partial(what, p), lambda: (), contextlib.nullcontext())
+    require(not of_torch, f"the JAX side's optimizer is torch's {_kind(optimizer)}; pass an optax transformation.")
+    require(
+        callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)),
+        f"optimizer={_kind(optimizer)} must have init and update; pass an optax.GradientTransformation, as "
+        "optax.adam(1e-3) is.",
+    )
+    return optimizer
 
 
-def _compute_in(part, dtype: str) -> None:
-    """Set a layer's own dtype of computation, where one was frozen into it, to the one that is compared."""
-    for attribute in ("dtype", "compute_dtype", "computation_dtype"):
-        width = getattr(part, attribute, None)
-        if isinstance(width, str | type | np.dtype) and jnp.issubdtype(width, jnp.floating):
-            object.__setattr__(part, attribute, jnp.dtype(dtype))
+def _kind(value) -> str:
+    """Name of a class, or of an object's."""
+    return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
-def _bound(module, params, rest, dtype: str):
-    """A Linen module bound to its variables, whose layers compute in the dtype."""
-    from flax import linen
+class _RoundedBases(Mode):
+    """Rounds the base of a power of a number under `rounding_noise`, as a number in a narrow dtype is: betas."""
 
-    def intercept(call, args, kwargs, context):
-        _compute_in(context.module, dtype)
-        return call(*args, **kwargs)
-
-    return module.bind({"params": params, **rest}), lambda: rest, linen.intercept_methods(intercept)
-
-
-class _Widened(TorchFunctionMode):
-    """Makes torch code that names a narrow dtype mean float64: models that cast inside, Muon's bfloat16 products."""
-
-    NARROW = (torch.float32, torch.bfloat16, torch.float16)
-    CASTS = (torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.half)
-
-    def __init__(self, rounds_bases: bool) -> None:
-        """`rounds_bases`: the base of a power is rounded under `rounding_noise`, as a number in a narrow dtype is."""
-        super().__init__()
-        self.rounds_bases = rounds_bases
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self.rounds_bases and func is torch.Tensor.__rpow__:
-            args = (args[0], float(rounded(np.array(args[1], np.float64))))
-
-        def widen(x):
-            return torch.float64 if any(x is one for one in self.NARROW) else x
-
-        if any(func is one for one in self.CASTS):
-            func = torch.Tensor.double
-        return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.pow.Scalar:
+            args = (float(rounded(np.array(args[0], np.float64))), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class TorchTraining:
@@ -282,12 +283,19 @@ class TorchTraining:
             theirs = dict(module.named_parameters())
             self._optimizer = _rebuilt(optimizer, {id(theirs[name]): own for name, own in self._names.items()})
         else:
-            self._optimizer = optimizer(list(self._module.parameters()))
+            try:
+                self._optimizer = optimizer(list(self._module.parameters()))
+            except Exception as error:
+                raise CompareError(
+                    f"the optimizer cannot be made: {first_line(error)}; pass a function of a list of parameters: "
+                    "lambda params: torch.optim.AdamW(params)."
+                ) from error
         require(
             isinstance(self._optimizer, torch.optim.Optimizer),
-            f"the factory returned {type(self._optimizer).__name__} and must return a torch.optim.Optimizer; do so.",
+            f"the factory returned {_kind(self._optimizer)} and must return a torch.optim.Optimizer; do so.",
         )
         self._scheduler = scheduler(self._optimizer) if scheduler else None
+        self._has_run = False
         for group in self._optimizer.param_groups:
             if rounding and "differentiable" in group:
                 group["differentiable"] = True
@@ -335,24 +343,39 @@ class TorchTraining:
         with contextlib.ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # a fused kernel is one operation to the noise
             if self.dtype == "float64":
-                stack.enter_context(_Widened(self._rounds_bases))
-                stack.enter_context(_default_dtype(torch.float64))
+                stack.enter_context(Widened(*NARROW))
+                stack.enter_context(default_dtype(torch.float64))
+                if self._rounds_bases:
+                    stack.enter_context(_RoundedBases())
             return self._step(batch)
 
     def _step(self, batch) -> Arrays:
         width = getattr(torch, self.dtype)
 
-        def cast(x):
-            if not _is_array(x) and not isinstance(x, torch.Tensor):
+        def tensor(x):
+            if not _is_array(x):
                 return x
             x = x if isinstance(x, torch.Tensor) else torch.tensor(np.asarray(x))
             return x.to(width) if x.is_floating_point() else x
 
         self._optimizer.zero_grad()
-        loss = self._loss(self._module, jax.tree.map(cast, batch))
+        try:
+            loss = self._loss(self._module, jax.tree.map(tensor, batch))
+        except Exception as error:
+            if isinstance(error, CompareError) or self._has_run:
+                raise
+            raise CompareError(
+                f"the torch loss does not run on this batch: {first_line(error)}; loss(module, batch) gets the batch "
+                "as it is, its arrays as tensors."
+            ) from error
+        self._has_run = True
         require(
-            isinstance(loss, torch.Tensor) and loss.dim() == 0,
-            f"the torch loss is {list(np.shape(loss))} and must be a scalar tensor; take its mean or its sum.",
+            isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point(),
+            f"the torch loss returned {_what(loss)} and must return a scalar tensor; return its mean or its sum alone.",
+        )
+        require(
+            loss.requires_grad,
+            "the torch loss does not depend on a trained parameter; let it run without torch.no_grad() and .item().",
         )
         loss.backward()
         left = {"loss": to_numpy(loss)}
@@ -425,8 +448,12 @@ def torch_training(
         f"module={type(module).__name__} must be a torch.nn.Module; pass the one that is trained.",
     )
     require(
+        not (hasattr(optimizer, "init") and hasattr(optimizer, "update")),
+        "the torch side's optimizer is an optax transformation; pass a torch.optim.Optimizer.",
+    )
+    require(
         isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer),
-        f"optimizer={optimizer!r} must be a torch.optim.Optimizer or a function of parameters; pass one of them.",
+        f"optimizer={_kind(optimizer)} must be a torch.optim.Optimizer or a function of parameters; pass one of them.",
     )
     require(callable(loss), f"loss={loss!r} must be callable; pass a function loss(module, batch) -> scalar.")
     require(clip is None or clip > 0, f"clip={clip} must be positive; give the largest norm, or None for no clipping.")

@@ -67,9 +67,10 @@ class Widened(Mode):
     one rounding of float32.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, *narrower: torch.dtype, seed: int | None = None) -> None:
+        """`narrower`: dtypes that mean float64 as well."""
         super().__init__()
-        self.seed = seed
+        self.narrow, self.seed = (torch.float32, *narrower), seed
         self.constants: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         """By where they lie: in float64, and themselves, so that nothing else comes to lie there."""
         self.shapes: set[tuple[int, ...]] = set()
@@ -78,7 +79,7 @@ class Widened(Mode):
     def widen(self, x):
         if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32):
             return x
-        key = (x.data_ptr(), *x.shape)
+        key = (x.data_ptr(), x._version, *x.shape)
         if key not in self.constants:
             array = x.detach().numpy()
             wide = decimal(array)
@@ -91,9 +92,10 @@ class Widened(Mode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
+        if kwargs.get("dtype") in self.narrow:
             kwargs = {**kwargs, "dtype": torch.float64}
-        args, kwargs = pytree.tree_map(self.widen, (args, kwargs))
+        if not func._schema.is_mutable:  # what is written must be the caller's own
+            args, kwargs = pytree.tree_map(self.widen, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -103,7 +105,8 @@ def rounding_of_float32(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Context in which new tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -281,8 +284,8 @@ class TorchSide:
 
         with contextlib.ExitStack() as stack:
             if wide:
-                widened = stack.enter_context(Widened(seed))
-                stack.enter_context(_default_dtype(torch.float64))
+                widened = stack.enter_context(Widened(seed=seed))
+                stack.enter_context(default_dtype(torch.float64))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(bool(objective)))
             forward, backward = stack.enter_context(torch_taps(module))
@@ -344,7 +347,7 @@ class TorchSide:
 
 def _made_again(part: torch.nn.Module) -> torch.nn.Module:
     """A part made from its `config` with float32 meaning float64."""
-    with Widened(), _default_dtype(torch.float64):
+    with Widened(), default_dtype(torch.float64):
         return type(part)(part.config).to(torch.float64).train(part.training)
 
 

@@ -263,10 +263,20 @@ def compare_training(
     require(
         dtype != "bfloat16", "dtype=bfloat16 must be float64 or float32, as an optimizer's state; pass one of them."
     )
+    require(
+        isinstance(batches, Iterable) and not isinstance(batches, Mapping | str),
+        f"batches={type(batches).__name__} must be a list of batches, one per step; put the one batch into a list.",
+    )
     batches = list(batches)
     require(bool(batches), "batches is empty and must hold one batch per step; give at least one.")
     for side, step in (("step_a", step_a), ("step_b", step_b)):
         require(callable(step), f"{side}={step!r} must be callable; pass a function of a batch, or jax_training(...).")
+    swapped = isinstance(step_b, JaxTraining) and (isinstance(step_a, TorchTraining) or allowance is None)
+    require(
+        not swapped,
+        "step_b is the JAX training and must be torch's, the reference; call compare_training(jax_training(...), "
+        "torch_training(...), batches).",
+    )
     restartable = hasattr(step_b, "fresh")
     require(
         restartable or allowance is not None,
@@ -281,7 +291,7 @@ def compare_training(
 
     theirs, done = _record(step_b, batches, "step_b")
     ours, _ = _record(step_a, batches, "step_a")
-    notes: list[str] = []
+    notes = list(dict.fromkeys(getattr(step_a, "notes", ())))
     given = rules if rules is not None else getattr(step_a, "rules", None)
     if given is not None or isinstance(step_a, JaxTraining):
         ours = _translated(ours, theirs, as_rules(given), step_b, notes)
@@ -294,13 +304,18 @@ def compare_training(
         limits = [{key: float(allowance(step, text_of(key))) for key in left} for step, left in enumerate(theirs)]
     rows, alone = _rows(ours, theirs, limits)
     require(
-        any(row.step for row in rows),
-        f"no name is common to both sides: JAX has {some(map(text_of, ours[1]))}, torch "
-        f"{some(map(text_of, theirs[1]))}; pass rules=Rules(names=...), JAX's path to torch's.",
+        any(row.step and (row.kind != "loss" or len(theirs[1]) == 1 or len(ours[1]) == 1) for row in rows),
+        f"no tensor's name is common to both sides: JAX has {_tensors(ours[1])}, torch "
+        f"{_tensors(theirs[1])}; pass rules=Rules(names=...), JAX's path to torch's.",
     )
     first = next((row for row in rows if row.beyond), None)
     found = "" if first is None else _diagnosis(first, ours, theirs, limits, done, dtype)
     return TrainingReport(title, dtype, rows, alone, partial, found, notes)
+
+
+def _tensors(left: Left) -> str:
+    """A few of the tensors that a step left."""
+    return some(text_of(key) for key in left if key[0] != "loss") or "a loss alone"
 
 
 def _record(step, batches: list, side: str, **options) -> tuple[list[Left], Callable]:
