@@ -88,8 +88,10 @@ def run(options: argparse.Namespace) -> int:
     from parity_tests.compare.modules import compare_modules
     from parity_tests.compare.rules import as_rules, load_rules
 
-    taken = bool(options.out) and Path(options.out).exists() and any(Path(options.out).iterdir())
-    require(not taken, f"--out {options.out} already holds files; name a new folder.")
+    out = Path(options.out)
+    taken = bool(options.out) and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    what = "already holds files" if out.is_dir() else "is a file"
+    require(not taken, f"--out {options.out} {what}; name a new folder.")
     rules = load_rules(options.rules) if options.rules else None
     function = load_pair(options.pair)
     try:
