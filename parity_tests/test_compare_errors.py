@@ -511,6 +511,16 @@ def few():
 def broken():
     raise RuntimeError("no luck\\nand more lines")
 
+def ending():
+    raise SystemExit(0)
+
+def copying():
+    from flax import nnx
+    import torch
+    import parity_tests.compare as compare
+    rngs = nnx.Rngs(0)
+    copied = compare.copy_weights(torch.nn.Linear(4, 3), nnx.Linear(4, 3, use_bias=False, rngs=rngs))
+
 def text():
     return "text"
 
@@ -526,6 +536,9 @@ COMMAND = {
     "no function at all": (["port.py:number"], "has no function number"),
     "a module that does not compile": (["broken.py:pair"], "cannot be imported: SyntaxError"),
     "a function that fails": (["port.py:broken"], "RuntimeError: no luck; it must return the pair"),
+    "a file that ends Python": (["ending.py:pair"], "under if __name__ == '__main__'"),
+    "a function that ends Python": (["port.py:ending"], "SystemExit: 0; it must return the pair"),
+    "weights that find no place": (["port.py:copying"], "error: bias of torch has no place in JAX; say in rules"),
     "a function that returns text": (["port.py:text"], "must return (jax_side, torch_module, inputs)"),
     "a function that returns an unknown key": (["port.py:keys"], "the key 'input'; known are jax_side"),
     "a function that returns too few keys": (["port.py:few"], "no jax_side, torch_module"),
@@ -551,6 +564,7 @@ def folder(tmp_path, monkeypatch):
     files = {
         "port.py": PORT,
         "broken.py": "def pair(:\n",
+        "ending.py": "def pair():\n    return None\n\nraise SystemExit(0)\n",
         "list.json": "[]",
         "unknown.json": json.dumps({"name": {}}),
         "wrong.json": json.dumps({"names": []}),
@@ -563,7 +577,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command.sys, "path", list(command.sys.path))
     yield tmp_path
-    for name in ("port", "broken"):
+    for name in ("port", "broken", "ending"):
         command.sys.modules.pop(name, None)
 
 

@@ -57,6 +57,9 @@ def load_pair(spec: str) -> Callable[[], Any]:
             module = importlib.import_module(where)
     except CompareError:
         raise
+    except SystemExit as error:
+        what = "put what it runs under if __name__ == '__main__'"
+        raise CompareError(f"{where} ends Python while it is imported; {what}.") from error
     except Exception as error:  # Somebody else's module.
         raise CompareError(f"{where} cannot be imported: {first_line(error)}; mend it first.") from error
     function = getattr(module, name, None)
@@ -96,7 +99,9 @@ def run(options: argparse.Namespace) -> int:
     function = load_pair(options.pair)
     try:
         made = function()
-    except Exception as error:  # Somebody else's function.
+    except CompareError:
+        raise
+    except (Exception, SystemExit) as error:  # Somebody else's function.
         raise CompareError(f"{options.pair} fails: {first_line(error)}; it must return the pair of models.") from error
     arguments = arguments_of(made)
     if rules is not None:
