@@ -1,4 +1,4 @@
-"""The guide to comparing one's own port: its three ports run as they stand, and what it says is tried."""
+"""The guide to comparing one's own port: its scripts run as they stand, and what it says is tried."""
 
 import os
 import re
@@ -48,8 +48,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
-def test_the_page_has_three_ports_and_no_other_python():
-    assert list(PORTS) == ["mlp", "block", "llama"]
+def test_the_page_has_no_other_python():
+    assert list(PORTS) == ["mlp", "block", "llama", "training"]
     assert PAGE.count("```python") == len(PORTS)
     assert len(PORTS["llama"].splitlines()) < 80
 
@@ -89,6 +89,15 @@ def test_the_llama_is_the_original(folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("no divergence: 21 of 21 parameters, ")
     assert "in float64, float32, all within what rounding explains\n" in done.stdout
+
+
+def test_the_training_step_is_told_what_the_page_says(folder):
+    done = run(folder, "training.py")
+    assert done.returncode == 1
+    said = re.search(r"^first divergence: step 1.*?(?=```)", PAGE, flags=re.DOTALL | re.MULTILINE)[0].splitlines()
+    assert len(said) == 4
+    for line in (said[0], said[2].partition("[")[0], said[3]):
+        assert line.strip() in done.stderr
 
 
 # What the page says in words
