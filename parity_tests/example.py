@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -15,7 +14,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
 from harness import cli
-from parity_tests.compare import compare_modules
+from parity_tests.compare import compare_modules, copy_weights
 from parity_tests.compare.report import Report
 
 FEATURES, HIDDEN = 24, 40
@@ -61,13 +60,8 @@ def torch_feed_forward() -> T5LayerFF:
 
 
 def flax_feed_forward(block: T5LayerFF, *, eps: float = 1e-6) -> FlaxFeedForward:
-    """The port with the block's weights: a Flax kernel is a transposed torch weight."""
-    port = FlaxFeedForward(eps, nnx.Rngs(0))
-    theirs = {name: parameter.detach().numpy() for name, parameter in block.named_parameters()}
-    port.norm.scale[...] = jnp.asarray(theirs["layer_norm.weight"])
-    port.wide.kernel[...] = jnp.asarray(theirs["DenseReluDense.wi.weight"].T)
-    port.narrow.kernel[...] = jnp.asarray(theirs["DenseReluDense.wo.weight"].T)
-    return port
+    """The port with the block's weights."""
+    return copy_weights(block, FlaxFeedForward(eps, nnx.Rngs(0)), NAME_MAP).module
 
 
 def make_report(*, eps: float = 1e-6, dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")) -> Report:

@@ -224,6 +224,51 @@ def test_a_half_imports_with_the_other_uninstalled(where):
     assert (done.returncode, done.stdout.split()) == (0, modules), done.stderr
 
 
+COMPARE = "parity_tests.compare"
+HANDED_OVER = {"transformers", "flax", "equinox", "optax"}
+"""Libraries of whoever compares a port: imported inside a function, if a model of theirs is handed over."""
+
+
+def of_others(tree: ast.Module) -> set[str]:
+    """What a file of the comparison imports and must not: ours outside it, or a library of models at import."""
+    ours = {name for name in dotted_imports(tree) if name.partition(".")[0] in PACKAGES}
+    outside = {name for name in ours if not f"{name}.".startswith(f"{COMPARE}.")}
+    return outside | (imports(at_import(tree)) & HANDED_OVER)
+
+
+COMPARE_FILES = [file for file in FILES if label(file).startswith(COMPARE.replace(".", "/") + "/")]
+
+
+@pytest.mark.parametrize("file", COMPARE_FILES, ids=label)
+def test_the_comparison_of_ports_imports_nothing_else_of_ours(file):
+    assert of_others(ast.parse(file.read_text(encoding="utf-8"))) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from parity_tests.compare.rules import Rules", set()),
+        ("import parity_tests.compare.rules", set()),
+        ("from parity_tests import twins", {"parity_tests", "parity_tests.twins"}),
+        ("def f():\n    from recipe import params", {"recipe", "recipe.params"}),
+        ("import flax.nnx as nnx", {"flax"}),
+        ("class A:\n    from transformers import LlamaConfig", {"transformers"}),
+        ("def f():\n    import equinox", set()),
+    ],
+)
+def test_the_check_of_the_comparison_can_fail(source, found):
+    assert of_others(ast.parse(source)) == found
+
+
+def test_the_comparison_of_ports_imports_with_the_rest_out_of_reach():
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in COMPARE_FILES]
+    assert {COMPARE, f"{COMPARE}.__main__", f"{COMPARE}.modules"} <= set(names)
+    blocked = HANDED_OVER | {"recipe", "harness", "jax_impl", "torch_ref", "benchmarks", "tests", "datasets"}
+    command = [sys.executable, "-c", textwrap.dedent(BLOCKED_IMPORT), ",".join(sorted(blocked)), ",".join(names)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, names), done.stderr
+
+
 def test_the_blocker_blocks():
     command = [sys.executable, "-c", textwrap.dedent(BLOCKED_IMPORT), "numpy", "recipe.params"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

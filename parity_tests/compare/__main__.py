@@ -57,6 +57,9 @@ def load_pair(spec: str) -> Callable[[], Any]:
             module = importlib.import_module(where)
     except CompareError:
         raise
+    except SystemExit as error:
+        what = "put what it runs under if __name__ == '__main__'"
+        raise CompareError(f"{where} ends Python while it is imported; {what}.") from error
     except Exception as error:  # Somebody else's module.
         raise CompareError(f"{where} cannot be imported: {first_line(error)}; mend it first.") from error
     function = getattr(module, name, None)
@@ -88,13 +91,17 @@ def run(options: argparse.Namespace) -> int:
     from parity_tests.compare.modules import compare_modules
     from parity_tests.compare.rules import as_rules, load_rules
 
-    taken = bool(options.out) and Path(options.out).exists() and any(Path(options.out).iterdir())
-    require(not taken, f"--out {options.out} already holds files; name a new folder.")
+    out = Path(options.out)
+    taken = bool(options.out) and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    what = "already holds files" if out.is_dir() else "is a file"
+    require(not taken, f"--out {options.out} {what}; name a new folder.")
     rules = load_rules(options.rules) if options.rules else None
     function = load_pair(options.pair)
     try:
         made = function()
-    except Exception as error:  # Somebody else's function.
+    except CompareError:
+        raise
+    except (Exception, SystemExit) as error:  # Somebody else's function.
         raise CompareError(f"{options.pair} fails: {first_line(error)}; it must return the pair of models.") from error
     arguments = arguments_of(made)
     if rules is not None:

@@ -1,5 +1,7 @@
 """A user's mistake, in one line: the value, the rule, the remedy."""
 
+import re
+
 
 class CompareError(ValueError):
     """What was asked for cannot be compared; its text is one line. The command line ends with exit code 2."""
@@ -13,8 +15,8 @@ def require(condition: bool, message: str) -> None:
 
 def first_line(error: BaseException, most: int = 200) -> str:
     """Kind and first line of an exception from somebody else's code, shortened."""
-    text = str(error).strip().partition("\n")[0]
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = re.sub(r" *\(https?://[^ )]*\)", "", str(error).strip().partition("\n")[0])
+    text = f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -3,6 +3,7 @@
 How an allowance comes about: `docs/parity.md`.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,8 @@ def compare(
     matches nothing end in exit code 1 unless `partial`. Raises `CompareError` if no name is common to both.
     """
     dtypes = check_dtypes(dtypes)
+    for whose, function in (("reference", reference), ("candidate", candidate)):
+        _check_function(function, whose)
     truth = _arrays(reference("float64") if truth is None else truth, "the reference")
     rows, single, coverage = [], None, None
     for dtype in dtypes:
@@ -110,6 +113,18 @@ def _error(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
     worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=math.inf)), value.shape)
     detail = f"worst at {tuple(map(int, worst))}: {value[worst].item()!r} instead of {truth[worst].item()!r}"
     return (error if math.isfinite(error) else math.inf), detail
+
+
+def _check_function(function: Any, whose: str) -> None:
+    """Refuse what cannot be called with a dtype."""
+    what = f"the {whose} must be a function of a dtype that returns named arrays"
+    require(callable(function), f"{what}, and is a {type(function).__name__}; write e.g. lambda dtype: {{'a': x}}.")
+    try:
+        inspect.signature(function).bind("float64")
+    except TypeError as error:
+        raise CompareError(f"{what}: {error}; take one argument, the dtype's name.") from None
+    except ValueError:  # a builtin without a signature
+        return
 
 
 def _arrays(values: Any, whose: str) -> dict[str, np.ndarray]:

@@ -482,7 +482,7 @@ class JaxSide:
                 out = self.call(model, *args, **kwargs)
             outputs = flatten_output(out, lambda one: isinstance(one, jax.Array))
             if self.loss is not None:
-                outputs[LOSS] = self.loss(out)
+                outputs[LOSS] = self._loss_of(out)
             keys.extend(outputs)
             return list(outputs.values())
 
@@ -493,17 +493,26 @@ class JaxSide:
                 raise
             except Exception as error:
                 raise CompareError(
-                    f"the JAX side does not run on these inputs: {first_line(error)}; {_remedy(error)}"
+                    f"the JAX side does not run on these inputs: {first_line(error)}; {_remedy(error, self.model)}"
                 ) from error
         require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
         program = Program(jaxpr, widen=dtype == "float64")
         if program.draws():
-            on = f": {some(self.model.dropping)}" if self.model.dropping else ""
-            raise CompareError(
-                f"the JAX side draws random numbers{on}; {self.model.eval or 'switch dropout off'}, or pass "
-                "deterministic=True in jax_inputs."
-            )
+            on = f" in {some(self.model.dropping)}" if self.model.dropping else ""
+            raise CompareError(f"the JAX side draws random numbers{on}; {_switch_off(self.model)}.")
         return program, list(keys)
+
+    def _loss_of(self, out: Any) -> jax.Array:
+        try:
+            value = self.loss(out)
+        except Exception as error:
+            raise CompareError(
+                f"the loss of the JAX side's output fails: {first_line(error)}; loss is (of JAX's output, of torch's)."
+            ) from error
+        what = f"an array of shape {value.shape}" if isinstance(value, jax.Array) else type(value).__name__
+        good = is_inexact(value) and value.shape == ()
+        require(good, f"the loss of the JAX side's output is {what}; return a scalar array.")
+        return value
 
     def _arrays(self, dtype: str):
         """Parameters, states and inputs in this dtype."""
@@ -579,12 +588,23 @@ def _conjugate(value) -> np.ndarray:
     return array.conj() if np.iscomplexobj(array) else array
 
 
-def _remedy(error: Exception) -> str:
+def _switch_off(model: Model) -> str:
+    """How dropout is switched off."""
+    by_argument = "pass deterministic=True in jax_inputs"
+    return model.eval if model.kind == "equinox" else f"{model.eval}, or {by_argument}" if model.eval else by_argument
+
+
+def _remedy(error: Exception, model: Model) -> str:
     """What helps against the usual ones."""
     kind, text = type(error).__name__, str(error)
-    if kind == "InvalidRngError" or "RngCount" in text or "RngStream" in text:
-        return "it draws random numbers: switch dropout off (module.eval(), deterministic=True)."
-    if kind == "TypeError" and ("argument" in text):
+    if kind == "InvalidRngError" or "RngCount" in text or "RngStream" in text or "Dropout requires a key" in text:
+        on = f" in {some(model.dropping)}" if model.dropping else ""
+        return f"it draws random numbers{on}: {_switch_off(model)}."
+    if kind == "ModifyScopeVariableError":
+        return "it writes statistics: pass use_running_average=True, train=False or the like in jax_inputs or call=."
+    if isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
+        return "it is traced, so it must be written with jax.numpy and jax.lax."
+    if kind == "TypeError" and "argument" in text:
         return "jax_inputs gives it arguments of its own, call= calls it in another way."
     if "dot_general" in text or "Incompatible shapes" in text or "shape" in text:
         return "jax_inputs gives it arrays of its own layout, call=lambda model, x: jax.vmap(model)(x) a batch axis."

@@ -55,12 +55,13 @@ def compare_modules(
     divergence and, unless `partial`, for a parameter that one side alone has and for rules that match nothing. Neither
     model is changed. Raises `CompareError`, one line, for what cannot be compared.
     """
-    dtypes, rules = check_dtypes(dtypes), as_rules(rules, name_map)
+    dtypes, rules, seeds = check_dtypes(dtypes), as_rules(rules, name_map), tuple(seeds)
+    require(bool(seeds), "seeds is empty; give a range of at least one.")
     comparison = _Comparison(jax_side, torch_module, inputs, rules, jax_inputs, call, loss, constants)
     rows, contracts = comparison.weight_rows(dtypes[0]), {}
     with _highest():
         for dtype in dtypes:
-            rows += comparison.rows(dtype, tuple(seeds))
+            rows += comparison.rows(dtype, seeds)
             contracts |= settings(dtype)
     asked = {"dtypes": list(dtypes), "inputs": {name: list(x.shape) for name, x in comparison.torch.given().items()}}
     return Report(

@@ -1,6 +1,7 @@
 """The dtypes that are compared, their unit round-off, and what this process makes of a product."""
 
 import importlib.metadata
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def accumulation_of(dtype: str) -> str:
 
 def check_dtypes(dtypes) -> tuple[str, ...]:
     """The dtypes as a tuple of names; raises `CompareError` for none and for those that are not compared."""
-    dtypes = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    dtypes = tuple(dtypes) if isinstance(dtypes, Iterable) and not isinstance(dtypes, str) else (dtypes,)
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     require(
         bool(dtypes) and not unknown,

@@ -41,6 +41,10 @@ class Fused:
     """In so many groups (heads), each of which holds its share of every part: (q0 k0 v0)(q1 k1 v1)..."""
 
     def __post_init__(self) -> None:
+        require(
+            not isinstance(self.parts, str) and all(isinstance(one, str) for one in self.parts),
+            f"Fused(parts={self.parts!r}) must be a list of parameters; write e.g. ['q.kernel', 'k.kernel'].",
+        )
         object.__setattr__(self, "parts", tuple(self.parts))
         require(len(self.parts) > 1, f"Fused(parts={list(self.parts)}) must name at least two parameters; use names.")
         require(self.groups >= 1, f"Fused(groups={self.groups}) must be at least 1; give the number of heads.")
@@ -73,7 +77,8 @@ class Rules:
         parts = {key: one if isinstance(one, Fused) else _fused(key, one) for key, one in self.fused.items()}
         object.__setattr__(self, "fused", parts)
         require(
-            not isinstance(self.ignore, str), f"Rules.ignore={self.ignore!r} must be a list; write [{self.ignore!r}]."
+            not isinstance(self.ignore, str) and all(isinstance(one, str) for one in self.ignore),
+            f"Rules.ignore={self.ignore!r} must be a list of names; write e.g. ['rope.table'].",
         )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         for key, target in self.stacked.items():
@@ -94,6 +99,8 @@ def as_rules(rules: Rules | Mapping | None, name_map: Mapping[str, str] | None =
         rules = Rules(names=rules)
     good = isinstance(rules, Rules)
     require(good, f"rules={type(rules).__name__} must be Rules or a dict of names; pass Rules(names=...).")
+    good = name_map is None or isinstance(name_map, Mapping)
+    require(good, f"name_map={name_map!r} must map names to names; give e.g. {{'a.b': 'c'}}.")
     return dataclasses.replace(rules, names={**rules.names, **name_map}) if name_map else rules
 
 
@@ -184,7 +191,10 @@ def rename(path: str, names: Mapping[str, str]) -> Renamed:
     for key in sorted(names, key=len, reverse=True):
         found = pattern(key).match(path) if key else None
         if found:
-            return Renamed(fill(names[key], found.groups()) + path[found.end() :], key, found.end() == len(path))
+            head, rest = fill(names[key], found.groups()), path[found.end() :]
+            if not head and not re.fullmatch(r"\.input(#\d+)?", rest):
+                rest = rest.removeprefix(".")  # a wrapper that torch lacks
+            return Renamed(head + rest, key, found.end() == len(path))
         if key == "" and path:
             return Renamed(f"{names[key]}.{path}", key, False)
     return Renamed(path, "", False)
@@ -421,7 +431,8 @@ def unstack(name: str, array: np.ndarray, rules: Rules) -> dict[str, np.ndarray]
         found = pattern(key).match(name)
         if found and array.ndim:
             return {target.replace("{}", str(i)) + name[found.end() :]: array[i] for i in range(array.shape[0])}
-    return {rename(name, rules.names).name: array}
+    renamed = rename(name, rules.names).name
+    return {renamed: array} if renamed else {}
 
 
 def _fused_links(key, fused, parts: Mapping[str, Part], tensors, shape_of, arranged) -> list[Link]:
@@ -447,6 +458,7 @@ def _fused_links(key, fused, parts: Mapping[str, Part], tensors, shape_of, arran
             "name the parts that it holds.",
         )
         rest = int(np.prod(tensor.shape)) // tensor.shape[axis]
+        _check_groups(key, fused.groups, [size / rest for size in sizes])
         shapes = [_with(tensor.shape, axis, size // rest) for size in sizes]
         ways = tuple(arranged(part, shape, name, slice(None)) for part, shape in zip(own, shapes, strict=True))
         links.append(Link(tuple(own), (name,), ways, fused.groups, axis))
@@ -469,8 +481,16 @@ def _fused_links(key, fused, parts: Mapping[str, Part], tensors, shape_of, arran
             f"Rules.fused[{key!r}]: {name} has {int(np.prod(shape_of(part))):,} elements and its parts "
             f"{int(np.prod(whole)):,}; name the parts that it holds.",
         )
+        _check_groups(key, fused.groups, [tensors[other].shape[axis] for other in names])
         links.append(Link((part,), names, (arranged(part, whole, names[0], slice(None)),), fused.groups, axis))
     return links
+
+
+def _check_groups(key: str, groups: int, outputs: Sequence[float]) -> None:
+    """Refuse parts that are no whole number of outputs in every group."""
+    bad = [size for size in outputs if size % groups]
+    text = ", ".join(f"{size:g}" for size in outputs)
+    require(not bad, f"Rules.fused[{key!r}]: parts of {text} outputs cannot be cut into groups={groups}; give heads.")
 
 
 def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from parity_tests.compare.program import decimal, is_exact
 from parity_tests.compare.rules import TorchTensor
 from parity_tests.compare.walk import LOSS, Arrays, FunctionTap, Walk, flatten_output, to_numpy
 
+_INPUTS = "inputs is a list of its arguments, or a dict of keyword arguments"
+
 Objective = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -185,6 +187,12 @@ class TorchSide:
         require(
             not unknown, f"constants names {some(unknown)}, no buffer of the torch module; name one of its buffers."
         )
+        for name, one in self.constants.items():
+            shapes = np.shape(one), tuple(self.buffers[name].shape)
+            require(
+                shapes[0] == shapes[1],
+                f"constants[{name!r}] has the shape {shapes[0]} and the buffer {shapes[1]}; give its own values.",
+            )
 
     def is_finer_than(self, dtype: str) -> bool:
         """Whether the module's parameters have digits that a cast to this dtype would round."""
@@ -294,7 +302,7 @@ class TorchSide:
             )
             outputs = flatten_output(out, lambda value: isinstance(value, torch.Tensor))
             if self.loss is not None:
-                outputs[LOSS] = self.loss(out)
+                outputs[LOSS] = self._loss_of(out)
             loss = None
             if objective:
                 loss = objective(outputs)
@@ -314,6 +322,19 @@ class TorchSide:
             None if loss is None else to_numpy(loss),
         )
 
+    def _loss_of(self, out: Any) -> torch.Tensor:
+        try:
+            value = self.loss(out)
+        except Exception as error:
+            raise CompareError(
+                f"the loss of the torch module's output fails: {first_line(error)}; loss is (of JAX's output, of "
+                "torch's)."
+            ) from error
+        good = isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        require(good, f"the loss of the torch module's output is {what}; return a scalar tensor.")
+        return value
+
     def _called(self, module: torch.nn.Module, args: list, kwargs: dict) -> Any:
         """The module's result. Raises `CompareError` if it cannot be run on these inputs at all."""
         try:
@@ -321,9 +342,10 @@ class TorchSide:
         except Exception as error:
             if isinstance(error, CompareError) or self.has_run:
                 raise
+            training = "training" in str(error) and self.module.training
+            remedy = "call module.eval() first" if training else _INPUTS
             raise CompareError(
-                f"the torch module does not run on these inputs: {first_line(error)}; inputs is a list of its "
-                "arguments, or a dict of keyword arguments."
+                f"the torch module does not run on these inputs: {first_line(error)}; {remedy}."
             ) from error
         finally:
             self.has_run = True
@@ -355,21 +377,25 @@ def _prefixed(named: Mapping[str, Any]) -> dict[str, Any]:
     return {f"input.{name}": one for name, one in named.items()}
 
 
+def kind_of(value: Any) -> str:
+    """The class of an object and the package it comes from."""
+    return f"{type(value).__module__.partition('.')[0]} {type(value).__name__}".removeprefix("builtins ")
+
+
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
     """A copy on the CPU, every parameter of which is trained."""
     require(
         isinstance(module, torch.nn.Module),
-        f"the torch side is a {type(module).__module__.partition('.')[0]} {type(module).__name__}; pass the JAX module "
-        "first and a torch.nn.Module second.",
+        f"the torch side is a {kind_of(module)}; pass the JAX module first and a torch.nn.Module second.",
     )
+    meta = [name for name, one in [*module.named_parameters(), *module.named_buffers()] if one.is_meta]
+    require(not meta, f"the torch module has no values in {some(meta)}: they are on the meta device; load them first.")
     try:
         module = copy.deepcopy(module).cpu()
     except Exception as error:
         raise CompareError(f"the torch module cannot be copied: {first_line(error)}; pass a plain module.") from error
     kinds = {one.dtype for one in module.parameters()} & {torch.float16}
     require(not kinds, "the torch module has float16 parameters, which are not compared; pass module.float().")
-    meta = [name for name, one in module.named_parameters() if one.is_meta]
-    require(not meta, f"the torch module has no values in {some(meta)}: they are on the meta device; load them first.")
     for parameter in module.parameters():
         if is_inexact(parameter):
             parameter.requires_grad_()
@@ -403,7 +429,10 @@ def _array(value):
     if isinstance(value, torch.Tensor):
         return to_numpy(value)
     if isinstance(value, list) or hasattr(value, "__array__"):
-        array = to_numpy(value)
+        try:
+            array = to_numpy(value)
+        except ValueError as error:
+            raise CompareError(f"an input is no array: {first_line(error)}; nest lists of one length.") from error
         require(array.dtype.kind in "biufc", f"an input is an array of {array.dtype}; pass numbers or booleans.")
         require(array.dtype != np.float16, "an input is float16, which is not compared; pass it as float32.")
         return array

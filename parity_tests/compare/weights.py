@@ -9,7 +9,7 @@ import torch
 from parity_tests.compare.errors import CompareError, require, some
 from parity_tests.compare.jax_side import open_model
 from parity_tests.compare.rules import Plan, Rules, as_rules, make_plan
-from parity_tests.compare.torch_side import TorchSide
+from parity_tests.compare.torch_side import TorchSide, kind_of
 from parity_tests.compare.walk import Arrays, to_numpy
 
 
@@ -85,6 +85,11 @@ def copy_weights_to_torch(
 
 def _both(torch_module, jax_side, rules):
     """The two sides and how they belong together, told by names and shapes alone."""
+    require(
+        isinstance(torch_module, torch.nn.Module),
+        f"the torch side is a {kind_of(torch_module)}; copy_weights takes (torch_module, jax_side), "
+        "copy_weights_to_torch (jax_side, torch_module).",
+    )
     model, theirs = open_model(jax_side), TorchSide(torch_module, (), check_mode=False)
     shapes = {name: tuple(np.shape(one)) for name, one in [*model.params.items(), *model.state.items()]}
     plan = make_plan(
