@@ -1,6 +1,7 @@
 """The JAX side of a comparison: NNX, Linen, Equinox or a plain function, as one function of arrays with taps."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.compare.errors import CompareError, first_line, require, some
-from parity_tests.compare.program import Program, is_exact, tap, tracing
+from parity_tests.compare.program import COMPILED_FOR_ONE_RUN, Program, is_exact, tap, tracing
 from parity_tests.compare.torch_side import arguments
 from parity_tests.compare.walk import LOSS, Arrays, Walk, flatten_output, to_numpy
 
@@ -550,6 +551,7 @@ class JaxSide:
             differentiable = {name: one for name, one in inputs.items() if jnp.issubdtype(one.dtype, jnp.inexact)}
             fixed = {name: one for name, one in inputs.items() if name not in differentiable}
             order: list[str] = []
+            jitted = functools.partial(jax.jit, compiler_options=COMPILED_FOR_ONE_RUN)
 
             def forward(params, differentiable, shifts, constants, state, fixed):
                 args = jax.tree.leaves((params, state, {**differentiable, **fixed}))
@@ -560,7 +562,7 @@ class JaxSide:
 
             rest = (constants, state, fixed)
             if objective is None:
-                _, (outputs, taps) = jax.jit(lambda *args: forward(*args[:2], None, *args[2:]))(
+                _, (outputs, taps) = jitted(lambda *args: forward(*args[:2], None, *args[2:]))(
                     params, differentiable, *rest
                 )
                 loss, gradients, cotangents, given = None, {}, {}, {}
@@ -569,7 +571,7 @@ class JaxSide:
                     lambda *args: forward(*args[:2], None, *args[2:])[1][1], params, differentiable, *rest
                 )
                 zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-                step = jax.jit(jax.value_and_grad(forward, argnums=(0, 1, 2), has_aux=True))
+                step = jitted(jax.value_and_grad(forward, argnums=(0, 1, 2), has_aux=True))
                 (loss, (outputs, taps)), (gradients, given, cotangents) = step(params, differentiable, zeros, *rest)
         self.unreached, self.float32 = list(program.unreached), list(program.float32)
         return JaxRun(

@@ -21,6 +21,9 @@ from jax.extend.core import primitives
 
 PREFIX = "parity:"
 
+COMPILED_FOR_ONE_RUN = {"xla_backend_optimization_level": 0}
+"""Options of XLA for a program that runs once or twice: half the time of a comparison is the compiler's."""
+
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that give random numbers."""
 

@@ -20,7 +20,7 @@ from parity_tests.compare.errors import CompareError, first_line, require, some
 from parity_tests.compare.jax_side import Model, cast, is_inexact, open_model
 from parity_tests.compare.montecarlo import Mode, rounded
 from parity_tests.compare.precision import check_dtypes
-from parity_tests.compare.program import Program, tracing
+from parity_tests.compare.program import COMPILED_FOR_ONE_RUN, Program, tracing
 from parity_tests.compare.torch_side import Widened, default_dtype
 from parity_tests.compare.walk import Arrays, to_numpy
 
@@ -63,7 +63,10 @@ class JaxTraining:
             # As optax.apply_updates: a masked update has no leaf and cannot be added.
             return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates), state
 
-        self._optimizer, self._update = optimizer, jax.jit(update) if self._jit else update
+        self._optimizer, self._update = (
+            optimizer,
+            jax.jit(update, compiler_options=COMPILED_FOR_ONE_RUN) if self._jit else update,
+        )
 
     def _begin(self) -> None:
         with self._precision():
@@ -174,7 +177,7 @@ class JaxTraining:
             return jax.tree.unflatten(structure, outputs)
 
         gradients = jax.value_and_grad(forward, has_aux=True)
-        gradients = jax.jit(gradients) if self._jit else gradients
+        gradients = jax.jit(gradients, compiler_options=COMPILED_FOR_ONE_RUN) if self._jit else gradients
         return lambda params, rest, arrays: gradients(params, rest, arrays, constants)
 
 
