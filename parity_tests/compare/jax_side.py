@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity_tests.compare.errors import CompareError, first_line, require, some
-from parity_tests.compare.program import Program, is_exact, tap, tracing
+from parity_tests.compare.errors import CompareError, first_line, require, scalar, some
+from parity_tests.compare.program import Program, is_exact, is_narrow, tap, tracing
 from parity_tests.compare.torch_side import arguments
 from parity_tests.compare.walk import LOSS, Arrays, Walk, flatten_output, to_numpy
 
@@ -89,7 +89,10 @@ def _open_nnx(module) -> Model:
         pairs = []
         for path, variable in variables.items():
             name = ".".join(map(str, path))
-            pairs.append((path, variable.replace(arrays[name]) if name in arrays else variable))
+            bare = not hasattr(variable, "replace")  # nnx.data(array)
+            value = arrays.get(name, _value(variable))
+            # A variable of its own in any case: what a call counts or draws is not to change the user's.
+            pairs.append((path, value if bare else variable.replace(value)))
         return nnx.from_flat_state(pairs)
 
     def build(params, state):
@@ -365,11 +368,7 @@ class JaxSide:
 
     def rounded_state(self) -> list[str]:
         """States in float32 whose numbers are the rounding of others; statistics, which were measured, are not."""
-        return [
-            name
-            for name, one in self.model.state.items()
-            if jnp.result_type(one) == jnp.float32 and not is_exact(np.asarray(one))
-        ]
+        return [name for name, one in self.model.state.items() if is_narrow(one) and not is_exact(np.asarray(one))]
 
     def output_shapes(self, dtype: str) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and dtype of every output, by key."""
@@ -392,6 +391,31 @@ class JaxSide:
 
     def _trace(self, dtype: str) -> tuple[Program, list]:
         """The model's program in this dtype, and the keys of its outputs."""
+        try:
+            jaxpr, keys = self._traced(dtype)
+        except CompareError:
+            # A loop whose carry is float32 by its own default, as a recurrent cell's, is no program of float64. The
+            # model as its user runs it is one of float32, and all that is float32 in it can be made wider.
+            if dtype != "float64":
+                raise
+            try:
+                jaxpr, keys = self._traced("float32")
+            except CompareError:
+                jaxpr = None
+            if jaxpr is None:
+                raise
+        require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
+        program = Program(jaxpr, widen=dtype == "float64")
+        if program.draws():
+            on = f": {some(self.model.dropping)}" if self.model.dropping else ""
+            raise CompareError(
+                f"the JAX side draws random numbers{on}; {self.model.eval or 'switch dropout off'}, or pass "
+                "deterministic=True in jax_inputs."
+            )
+        return program, keys
+
+    def _traced(self, dtype: str) -> tuple[Any, list[str]]:
+        """The model's jaxpr in this dtype, and the keys of its outputs. Raises `CompareError` if it does not run."""
         keys: list[str] = []
         params, state, inputs = self._arrays(dtype)
 
@@ -403,7 +427,7 @@ class JaxSide:
                 out = self.call(model, *args, **kwargs)
             outputs = flatten_output(out, lambda one: isinstance(one, jax.Array))
             if self.loss is not None:
-                outputs[LOSS] = self.loss(out)
+                outputs[LOSS] = scalar(self.loss, out, "JAX")
             keys.extend(outputs)
             return list(outputs.values())
 
@@ -414,17 +438,9 @@ class JaxSide:
                 raise
             except Exception as error:
                 raise CompareError(
-                    f"the JAX side does not run on these inputs: {first_line(error)}; {_remedy(error)}"
+                    f"the JAX side does not run on these inputs in {dtype}: {first_line(error)}; {_remedy(error)}"
                 ) from error
-        require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
-        program = Program(jaxpr, widen=dtype == "float64")
-        if program.draws():
-            on = f": {some(self.model.dropping)}" if self.model.dropping else ""
-            raise CompareError(
-                f"the JAX side draws random numbers{on}; {self.model.eval or 'switch dropout off'}, or pass "
-                "deterministic=True in jax_inputs."
-            )
-        return program, list(keys)
+        return jaxpr, list(keys)
 
     def _arrays(self, dtype: str):
         """Parameters, states and inputs in this dtype."""

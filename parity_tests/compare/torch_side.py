@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from parity_tests.compare.errors import CompareError, first_line, require, some
+from parity_tests.compare.errors import CompareError, first_line, require, scalar, some
 from parity_tests.compare.montecarlo import Mode, rounded
 from parity_tests.compare.precision import UNIT_ROUNDOFF
 from parity_tests.compare.program import is_exact
@@ -50,22 +50,58 @@ def torch_taps(
     walk = Walk(record, is_inexact, inputs=inputs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(walk.functions(functions))
+
+        def entered(path, args):
+            return None if _in_backward() else walk.enter(path, args)
+
+        def left(path, out):
+            return None if _in_backward() else walk.leave(path, out)
+
         for path, part in module.named_modules():
-            before = part.register_forward_pre_hook(lambda _, args, path=path: walk.enter(path, args))
-            after = part.register_forward_hook(lambda _, args, out, path=path: walk.leave(path, out))
+            before = part.register_forward_pre_hook(lambda _, args, path=path: entered(path, args))
+            after = part.register_forward_hook(lambda _, args, out, path=path: left(path, out))
             stack.callback(before.remove)
             stack.callback(after.remove)
         yield forward, backward
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass runs, where a checkpointed module is called once more for what it has not kept."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Widened(Mode):
     """Makes torch code that names float32 mean float64, so that a model which casts inside has a float64 truth."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[str] = []
+        """Operations that gave random numbers."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn.append(func.overloadpacket.__name__)
+        if kwargs.get("dtype") in _WIDE:
+            kwargs = {**kwargs, "dtype": _WIDE[kwargs["dtype"]]}
         return func(*args, **kwargs)
+
+
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def _complex_of(width: torch.dtype) -> torch.dtype:
+    """The dtype of complex numbers that goes with one of real numbers; those of bfloat16 do not exist."""
+    return torch.complex128 if width == torch.float64 else torch.complex64
+
+
+def _cast(module: torch.nn.Module, width: torch.dtype) -> torch.nn.Module:
+    """The module, in place, in this dtype; `module.to` would drop the imaginary part of complex numbers."""
+
+    def cast(one: torch.Tensor) -> torch.Tensor:
+        return one.to(_complex_of(width)) if one.is_complex() else one.to(width) if one.is_floating_point() else one
+
+    return module._apply(cast)
 
 
 @contextlib.contextmanager
@@ -120,7 +156,7 @@ class TorchSide:
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         self.module = _copied(module)
-        self.constants, self.loss = dict(constants or {}), loss
+        self.constants, self.loss, self.check_mode = dict(constants or {}), loss, check_mode
         if check_mode:
             _check_mode(module)
         self.args, self.kwargs = arguments(inputs)
@@ -149,23 +185,27 @@ class TorchSide:
 
     def is_finer_than(self, dtype: str) -> bool:
         """Whether the module's parameters have digits that a cast to this dtype would round."""
-        kinds = {str(one.dtype).removeprefix("torch.") for one in self.parameters.values() if is_inexact(one)}
+        kinds = {str(one.real.dtype).removeprefix("torch.") for one in self.parameters.values() if is_inexact(one)}
         return any(UNIT_ROUNDOFF.get(kind, 1.0) < UNIT_ROUNDOFF[dtype] for kind in kinds)
 
     def values(self) -> Arrays:
         """Parameters and buffers, in their own dtype, by name."""
         return {name: to_numpy(one) for name, one in [*self.parameters.items(), *self.buffers.items()]}
 
-    def rounded_buffers(self) -> list[str]:
-        """Buffers in float32, not stored with the weights, whose numbers are the rounding of others."""
-        stored = self.module.state_dict().keys()
+    def rounded_buffers(self, carried: Iterable[str]) -> list[str]:
+        """Buffers in float32 whose numbers are the rounding of others.
+
+        Not those that are stored with the weights and that the JAX side holds too (`carried`): a table that it makes
+        itself is another rounding of the same numbers, stored or not.
+        """
+        stored = self.module.state_dict().keys() & set(carried)
         again = {
             f"{path}.{name}" for path in self._remakeable for name, _ in self.module.get_submodule(path).named_buffers()
         }
         return [
             name
             for name, one in self.buffers.items()
-            if one.dtype == torch.float32 and name not in {*stored, *self.constants, *again}
+            if one.dtype in _WIDE and name not in {*stored, *self.constants, *again}
             if not is_exact(to_numpy(one))
         ]
 
@@ -192,7 +232,7 @@ class TorchSide:
 
     def _wide_copy(self) -> torch.nn.Module:
         """The module in float64, its rotary tables and the like computed anew in it."""
-        module = copy.deepcopy(self.module).to(torch.float64)
+        module = _cast(copy.deepcopy(self.module), torch.float64)
         for path in self._remakeable:
             parent, _, last = path.rpartition(".")
             setattr(module.get_submodule(parent), last, _made_again(self.module.get_submodule(path)))
@@ -233,28 +273,34 @@ class TorchSide:
                 return torch.tensor(value)
             value = rounded(value) if noisy and cast else value
             found = torch.tensor(value)
-            complex_width = torch.complex128 if width == torch.float64 else torch.complex64
-            return found.to(complex_width if found.is_complex() else width).requires_grad_(bool(objective))
+            return found.to(_complex_of(width) if found.is_complex() else width).requires_grad_()
 
         leaves = [tensor(one) for one in self.args]
         named = {name: tensor(one) for name, one in self.kwargs.items()}
 
         def fresh(value):
-            return value.clone() if is_inexact(value) and bool(objective) else value
+            return value.clone() if is_inexact(value) else value
 
         with contextlib.ExitStack() as stack:
+            widened = Widened()
             if wide:
-                stack.enter_context(Widened())
+                stack.enter_context(widened)
                 stack.enter_context(_default_dtype(torch.float64))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.set_grad_enabled(bool(objective)))
+            # Without an objective too: a model may differentiate inside, as one that returns forces does.
+            stack.enter_context(torch.set_grad_enabled(True))
             forward, backward = stack.enter_context(torch_taps(module))
             out = self._called(
                 module, [fresh(one) for one in leaves], {name: fresh(one) for name, one in named.items()}
             )
+            require(
+                not (widened.drawn and self.check_mode),
+                f"the torch module draws random numbers ({some(dict.fromkeys(widened.drawn))}); call module.eval(), or "
+                "pass what it draws as an input.",
+            )
             outputs = flatten_output(out, lambda value: isinstance(value, torch.Tensor))
             if self.loss is not None:
-                outputs[LOSS] = self.loss(out)
+                outputs[LOSS] = scalar(self.loss, out, "torch")
             loss = None
             if objective:
                 loss = objective(outputs)
@@ -294,7 +340,7 @@ class TorchSide:
 
     def _narrow_copy(self, width: torch.dtype) -> torch.nn.Module:
         """The module in this dtype; tables that are not stored with the weights stay in float32 below it."""
-        module = copy.deepcopy(self.module).to(width)
+        module = _cast(copy.deepcopy(self.module), width)
         if width == torch.bfloat16:
             stored = self.module.state_dict().keys()
             for name, one in self.buffers.items():
@@ -321,8 +367,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         f"the torch side is a {type(module).__module__.partition('.')[0]} {type(module).__name__}; pass the JAX module "
         "first and a torch.nn.Module second.",
     )
+    scripted = [name or "it" for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    require(not scripted, f"the torch module is compiled to TorchScript ({some(scripted)}); pass what it was made of.")
+    lazy = [name for name, one in module.named_parameters() if torch.nn.parameter.is_lazy(one)]
+    require(not lazy, f"the torch module has no values in {some(lazy)}: they are lazy; call it once first.")
     try:
-        module = copy.deepcopy(module).cpu()
+        module = copy.deepcopy(module, _computed(module)).cpu()
     except Exception as error:
         raise CompareError(f"the torch module cannot be copied: {first_line(error)}; pass a plain module.") from error
     kinds = {one.dtype for one in module.parameters()} & {torch.float16}
@@ -333,6 +383,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         if is_inexact(parameter):
             parameter.requires_grad_()
     return module
+
+
+def _computed(module: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """A memo for deepcopy of tensors that a module has computed and keeps, as weight_norm's `weight`: their values."""
+    kept = [one for part in module.modules() for one in vars(part).values() if isinstance(one, torch.Tensor)]
+    return {id(one): one.detach().clone() for one in kept if not one.is_leaf}
 
 
 def _check_mode(module: torch.nn.Module) -> None:
