@@ -244,7 +244,19 @@ def square_images(wrong):
     return side, theirs, [x], options
 
 
+def several_in_one_argument(wrong):
+    """A tuple of states, as a cell takes them."""
+    theirs = Of(lambda self, x, state: self.l(x) * state[0] + state[1]["c"], l=nn.Linear(5, 2))
+    inputs = [sample(3, 5), (torch.ones(3, 2) * 1.5, {"c": sample(3, 2)})]
+
+    def ours(p, x, state):
+        return apply(p["l"], x) * state[0] * wrong + state[1]["c"]
+
+    return (ours, {"l": dense(theirs.l)}), theirs, inputs, {}
+
+
 KINDS = (
+    several_in_one_argument,
     weight_norm,
     stored_table,
     array_in_nnx,
@@ -331,3 +343,18 @@ def test_a_torch_module_that_cannot_be_compared_is_refused(make, message):
     with pytest.raises(CompareError) as raised:
         compare_modules(ours, make(), inputs, rules={"0": "l"}, **QUICK)
     assert message in str(raised.value)
+
+
+def test_a_variance_as_the_mean_of_squares_is_let_through_where_the_mean_is_large():
+    theirs = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    scale, bias = array(theirs[0].weight), array(theirs[0].bias)
+
+    def ours(p, x):
+        mean = x.mean(-1, keepdims=True)
+        variance = (x * x).mean(-1, keepdims=True) - mean * mean
+        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5) * p["0"]["scale"] + p["0"]["bias"]
+        return apply(p["1"], x)
+
+    side = (ours, {"0": {"scale": scale, "bias": bias}, "1": dense(theirs[1])})
+    report = compare_modules(side, theirs, [sample(6, 8) + 40], seeds=range(4))
+    assert report.exit_code == 0, report.verdict()

@@ -11,7 +11,7 @@ import numpy as np
 
 from parity_tests.compare.errors import CompareError, first_line, require, scalar, some
 from parity_tests.compare.program import Program, is_exact, is_narrow, tap, tracing
-from parity_tests.compare.torch_side import arguments
+from parity_tests.compare.torch_side import arguments, filled, named_leaves
 from parity_tests.compare.walk import LOSS, Arrays, Walk, flatten_output, to_numpy
 
 WIDTHS = ("float64", "float32", "bfloat16", "float16")
@@ -459,15 +459,11 @@ class JaxSide:
 
     def given(self) -> dict[str, np.ndarray]:
         """The inputs that are arrays, by position or name."""
-        every = {
-            **{f"input.{i}": x for i, x in enumerate(self.args)},
-            **{f"input.{k}": x for k, x in self.kwargs.items()},
-        }
+        every = named_leaves(self.args, self.kwargs)
         return {name: one for name, one in every.items() if isinstance(one, np.ndarray)}
 
     def _filled(self, inputs: Mapping[str, Any]) -> tuple[list, dict]:
-        args = [inputs.get(f"input.{index}", one) for index, one in enumerate(self.args)]
-        return args, {name: inputs.get(f"input.{name}", one) for name, one in self.kwargs.items()}
+        return filled(self.args, self.kwargs, inputs.get)
 
     def run(self, dtype: str, objective: Callable | None, *, factors: Mapping[str, np.ndarray] | None = None) -> JaxRun:
         """One pass in `dtype`. `objective(outputs by key)` gives the scalar that is differentiated.

@@ -20,7 +20,7 @@ from parity_tests.compare.progress import progress
 from parity_tests.compare.report import Coverage, Report, Row
 from parity_tests.compare.rules import Arrangement, Rules, as_rules, layout_of, make_plan, pattern, unstack
 from parity_tests.compare.tolerance import SAFETY, relative_error
-from parity_tests.compare.torch_side import TorchSide, arguments, output_name
+from parity_tests.compare.torch_side import TorchSide, arguments, filled, output_name
 from parity_tests.compare.walk import LOSS, MAIN, Arrays
 
 Losses = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -592,9 +592,8 @@ def _turned(inputs: Any, rules: Rules) -> Any:
         axes = layout_of(rules, (name, "*"), value.ndim) if isinstance(value, np.ndarray) else None
         return value if axes is None else value.transpose(np.argsort(axes))
 
-    if kwargs:
-        return {name: turned(f"input.{name}", value) for name, value in kwargs.items()}
-    return tuple(turned(f"input.{index}", value) for index, value in enumerate(args))
+    args, kwargs = filled(args, kwargs, turned)
+    return kwargs or tuple(args)
 
 
 def _main(keys: Iterable[str]) -> str:

@@ -44,13 +44,19 @@ _EXACT = frozenset(
 )
 
 
+_SUMS = frozenset(
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d linalg_vector_norm logsumexp mean std sum var var_mean".split()
+)
+"""Operations whose every element sums as many of the first argument's as it is smaller."""
+
+
 def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
     """Number of terms that each element of `out` sums; 0 for an operation that sums nothing."""
     if name in ("mm", "bmm", "mv", "dot"):
         return args[0].shape[-1]
     if name in ("addmm", "addmv", "baddbmm"):
         return args[1].shape[-1]
-    if name in ("sum", "mean", "linalg_vector_norm", "logsumexp"):
+    if name in _SUMS:
         return args[0].numel() // max(1, out.numel())
     if name == "nll_loss_forward":
         return args[1].numel()
@@ -151,6 +157,14 @@ class _RoundingNoise(Mode):
                 noise = torch.complex(noise, amplitude * self._uniform(x.shape))
             return x.mul_(noise) if in_place else x * noise
 
+        if self.parts and name == "var_mean":
+            # Many a port takes mean(x^2) - mean(x)^2: the errors of either, in float32 at least.
+            variance, mean = out
+            amplitude = (1.0 + math.sqrt(_terms(name, args, mean))) * self.u_accumulator
+            square = mean * mean
+            first = (variance + square) * self._uniform(variance.shape)
+            second = 2.0 * square * self._uniform(variance.shape)
+            return perturb(variance) + amplitude * (first - second), perturb(mean)
         if isinstance(out, torch.Tensor):
             return perturb(out)
         if name.startswith("_foreach") and out is None:  # in place over lists: the first one is what it writes

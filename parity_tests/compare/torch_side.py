@@ -275,8 +275,7 @@ class TorchSide:
             found = torch.tensor(value)
             return found.to(_complex_of(width) if found.is_complex() else width).requires_grad_()
 
-        leaves = [tensor(one) for one in self.args]
-        named = {name: tensor(one) for name, one in self.kwargs.items()}
+        leaves = {name: tensor(one) for name, one in named_leaves(self.args, self.kwargs).items()}
 
         def fresh(value):
             return value.clone() if is_inexact(value) else value
@@ -290,9 +289,7 @@ class TorchSide:
             # Without an objective too: a model may differentiate inside, as one that returns forces does.
             stack.enter_context(torch.set_grad_enabled(True))
             forward, backward = stack.enter_context(torch_taps(module))
-            out = self._called(
-                module, [fresh(one) for one in leaves], {name: fresh(one) for name, one in named.items()}
-            )
+            out = self._called(module, *filled(self.args, self.kwargs, lambda name, _: fresh(leaves[name])))
             require(
                 not (widened.drawn and self.check_mode),
                 f"the torch module draws random numbers ({some(dict.fromkeys(widened.drawn))}); call module.eval(), or "
@@ -308,8 +305,7 @@ class TorchSide:
                     loss.backward()
         # A tied parameter has one gradient, under its first name.
         gradients = {name: to_numpy(one.grad) for name, one in module.named_parameters() if one.grad is not None}
-        by_name = {**{f"input.{index}": one for index, one in enumerate(leaves)}, **_prefixed(named)}
-        given = {name: to_numpy(one.grad) for name, one in by_name.items() if is_inexact(one) and one.grad is not None}
+        given = {name: to_numpy(one.grad) for name, one in leaves.items() if is_inexact(one) and one.grad is not None}
         return TorchRun(
             {name: to_numpy(one) for name, one in outputs.items() if name != LOSS},
             dict(forward),
@@ -335,7 +331,7 @@ class TorchSide:
 
     def given(self) -> dict[str, np.ndarray]:
         """The inputs that are arrays, by position or name."""
-        every = {**{f"input.{index}": one for index, one in enumerate(self.args)}, **_prefixed(self.kwargs)}
+        every = named_leaves(self.args, self.kwargs)
         return {name: one for name, one in every.items() if isinstance(one, np.ndarray)}
 
     def _narrow_copy(self, width: torch.dtype) -> torch.nn.Module:
@@ -354,10 +350,6 @@ def _made_again(part: torch.nn.Module) -> torch.nn.Module:
     """A part made from its `config` with float32 meaning float64."""
     with Widened(), _default_dtype(torch.float64):
         return type(part)(part.config).to(torch.float64).train(part.training)
-
-
-def _prefixed(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"input.{name}": one for name, one in named.items()}
 
 
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
@@ -417,9 +409,36 @@ def _array(value):
         return value
     if isinstance(value, torch.Tensor):
         return to_numpy(value)
+    if isinstance(value, dict | tuple) or (isinstance(value, list) and any(hasattr(one, "ndim") for one in value)):
+        return _each(value, "", lambda _, one: _array(one))
     if isinstance(value, list) or hasattr(value, "__array__"):
         array = to_numpy(value)
         require(array.dtype.kind in "biufc", f"an input is an array of {array.dtype}; pass numbers or booleans.")
         require(array.dtype != np.float16, "an input is float16, which is not compared; pass it as float32.")
         return array
     return value
+
+
+def _each(value: Any, name: str, leaf: Callable[[str, Any], Any]) -> Any:
+    """An argument, a tuple or dict of several included, whose leaves are `leaf(name, leaf)`; input.1.0 is a name."""
+    if isinstance(value, dict):
+        return {key: _each(one, f"{name}.{key}", leaf) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        every = [_each(one, f"{name}.{index}", leaf) for index, one in enumerate(value)]
+        return type(value)(*every) if hasattr(value, "_fields") else type(value)(every)
+    return leaf(name, value)
+
+
+def filled(args: tuple, kwargs: Mapping[str, Any], leaf: Callable[[str, Any], Any]) -> tuple[list, dict[str, Any]]:
+    """The arguments with `leaf(name, value)` in place of every value."""
+    return (
+        [_each(one, f"input.{index}", leaf) for index, one in enumerate(args)],
+        {name: _each(one, f"input.{name}", leaf) for name, one in kwargs.items()},
+    )
+
+
+def named_leaves(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value among the arguments, by position or name."""
+    found: dict[str, Any] = {}
+    filled(args, kwargs, found.__setitem__)
+    return found
