@@ -13,7 +13,7 @@ import numpy as np
 from parity_tests.compare.errors import CompareError, require, some
 from parity_tests.compare.precision import UNIT_ROUNDOFF, check_dtypes
 from parity_tests.compare.report import Coverage, Operation, Report, Row
-from parity_tests.compare.tolerance import SAFETY, relative_error, wide
+from parity_tests.compare.tolerance import SAFETY, difference, relative_error, wide
 from parity_tests.compare.walk import to_numpy
 
 Arrays = Mapping[str, np.ndarray]
@@ -110,7 +110,8 @@ def _error(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
     if not truth.size:
         return 0.0, "no element"
     error = relative_error(value, truth)
-    worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=math.inf)), value.shape)
+    apart = np.abs(difference(value, truth))
+    worst = np.unravel_index(np.argmax(np.nan_to_num(apart, nan=math.inf)), value.shape)
     detail = f"worst at {tuple(map(int, worst))}: {value[worst].item()!r} instead of {truth[worst].item()!r}"
     return (error if math.isfinite(error) else math.inf), detail
 

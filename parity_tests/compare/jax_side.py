@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.compare.errors import CompareError, first_line, require, some
-from parity_tests.compare.program import COMPILED_FOR_ONE_RUN, Program, is_exact, tap, tracing
-from parity_tests.compare.torch_side import arguments
+from parity_tests.compare.program import COMPILED_FOR_ONE_RUN, Program, is_exact, is_narrow, tap, tracing
+from parity_tests.compare.torch_side import arguments, filled, named_leaves
 from parity_tests.compare.walk import LOSS, Arrays, Walk, flatten_output, to_numpy
 
 WIDTHS = ("float64", "float32", "bfloat16", "float16")
@@ -100,7 +100,10 @@ def _open_nnx(module) -> Model:
         pairs = []
         for path, variable in variables.items():
             name = ".".join(map(str, path))
-            pairs.append((path, variable.replace(arrays[name]) if name in arrays else variable))
+            bare = not hasattr(variable, "replace")  # nnx.data(array)
+            value = arrays.get(name, _value(variable))
+            # A variable of its own in any case: what a call counts or draws is not to change the user's.
+            pairs.append((path, value if bare else variable.replace(value)))
         return nnx.from_flat_state(pairs)
 
     def build(params, state):
@@ -445,11 +448,7 @@ class JaxSide:
 
     def rounded_state(self) -> list[str]:
         """States in float32 whose numbers are the rounding of others; statistics, which were measured, are not."""
-        return [
-            name
-            for name, one in self.model.state.items()
-            if jnp.result_type(one) == jnp.float32 and not is_exact(np.asarray(one))
-        ]
+        return [name for name, one in self.model.state.items() if is_narrow(one) and not is_exact(np.asarray(one))]
 
     def output_shapes(self, dtype: str) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and dtype of every output, by key."""
@@ -472,6 +471,28 @@ class JaxSide:
 
     def _trace(self, dtype: str) -> tuple[Program, list]:
         """The model's program in this dtype, and the keys of its outputs."""
+        try:
+            jaxpr, keys = self._traced(dtype)
+        except CompareError:
+            # A loop whose carry is float32 by its own default, as a recurrent cell's, is no program of float64. The
+            # model as its user runs it is one of float32, and all that is float32 in it can be made wider.
+            if dtype != "float64":
+                raise
+            try:
+                jaxpr, keys = self._traced("float32")
+            except CompareError:
+                jaxpr = None
+            if jaxpr is None:
+                raise
+        require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
+        program = Program(jaxpr, widen=dtype == "float64")
+        if program.draws():
+            on = f" in {some(self.model.dropping)}" if self.model.dropping else ""
+            raise CompareError(f"the JAX side draws random numbers{on}; {_switch_off(self.model)}.")
+        return program, keys
+
+    def _traced(self, dtype: str) -> tuple[Any, list[str]]:
+        """The model's jaxpr in this dtype, and the keys of its outputs. Raises `CompareError` if it does not run."""
         keys: list[str] = []
         params, state, inputs = self._arrays(dtype)
 
@@ -494,14 +515,10 @@ class JaxSide:
                 raise
             except Exception as error:
                 raise CompareError(
-                    f"the JAX side does not run on these inputs: {first_line(error)}; {_remedy(error, self.model)}"
+                    f"the JAX side does not run on these inputs in {dtype}: {first_line(error)}; "
+                    f"{_remedy(error, self.model)}"
                 ) from error
-        require(bool(keys), "the JAX side returns no array; return one, or pass call=lambda model, *inputs: ...")
-        program = Program(jaxpr, widen=dtype == "float64")
-        if program.draws():
-            on = f" in {some(self.model.dropping)}" if self.model.dropping else ""
-            raise CompareError(f"the JAX side draws random numbers{on}; {_switch_off(self.model)}.")
-        return program, list(keys)
+        return jaxpr, list(keys)
 
     def _loss_of(self, out: Any) -> jax.Array:
         try:
@@ -523,15 +540,11 @@ class JaxSide:
 
     def given(self) -> dict[str, np.ndarray]:
         """The inputs that are arrays, by position or name."""
-        every = {
-            **{f"input.{i}": x for i, x in enumerate(self.args)},
-            **{f"input.{k}": x for k, x in self.kwargs.items()},
-        }
+        every = named_leaves(self.args, self.kwargs)
         return {name: one for name, one in every.items() if isinstance(one, np.ndarray)}
 
     def _filled(self, inputs: Mapping[str, Any]) -> tuple[list, dict]:
-        args = [inputs.get(f"input.{index}", one) for index, one in enumerate(self.args)]
-        return args, {name: inputs.get(f"input.{name}", one) for name, one in self.kwargs.items()}
+        return filled(self.args, self.kwargs, inputs.get)
 
     def run(self, dtype: str, objective: Callable | None, *, factors: Mapping[str, np.ndarray] | None = None) -> JaxRun:
         """One pass in `dtype`. `objective(outputs by key)` gives the scalar that is differentiated.

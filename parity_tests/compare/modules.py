@@ -20,7 +20,7 @@ from parity_tests.compare.progress import progress
 from parity_tests.compare.report import Coverage, Report, Row
 from parity_tests.compare.rules import Arrangement, Rules, as_rules, layout_of, make_plan, pattern, unstack
 from parity_tests.compare.tolerance import SAFETY, relative_error
-from parity_tests.compare.torch_side import TorchSide, arguments, output_name, rounding_of_float32
+from parity_tests.compare.torch_side import TorchSide, arguments, filled, output_name, rounding_of_float32
 from parity_tests.compare.walk import LOSS, MAIN, Arrays
 
 Losses = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -140,6 +140,8 @@ class _Comparison:
         self.ignored = [pattern(one) for one in rules.ignore]
         self.remarks: list[str] = []
         self.explained = ""
+        self.carried: set[str] = set()
+        self.problems: list[str] = []
         self.arranged: dict[str, Arrangement] = {}
         self.ours_of: dict[str, tuple[str, ...]] = {}
         self.seen: dict[str, set[str]] = {"jax": set(), "torch": set()}
@@ -169,10 +171,14 @@ class _Comparison:
             pairs = [(key, key) for key in theirs if key in ours]
             if not pairs:
                 pairs = list(zip(theirs, ours, strict=False))
+        lone = []
         for side, keys, mine in (("torch", theirs, 0), ("JAX", ours, 1)):
             alone = [output_name(key) for key in keys if key not in {pair[mine] for pair in pairs}]
             if alone:
                 self.remarks.append(f"outputs of the {side} side alone, not compared: {', '.join(alone)}")
+                lone.append(f"{', '.join(alone)} of the {side} side")
+        if len(lone) == 2:
+            self.problems.append(f"outputs without a partner: {' and '.join(lone)}; give them the same names")
         found, values = [], None
         for their, our in pairs:
             truth, (shape, kind) = theirs[their], ours[our]
@@ -216,6 +222,22 @@ class _Comparison:
                 "layout rule says which is meant"
             )
         return best
+
+    def _among_equals(self, name: str, value: np.ndarray, truth: np.ndarray, u: float) -> Arrangement:
+        """As it is, unless that is far off and in another order of axes, whose sizes are equal, half the digits agree.
+
+        Of a module's output inside the model: what is computed from it tells whether that order is the right one.
+        """
+        as_is = Arrangement()
+        if not 2 <= value.ndim <= 5 or len(set(value.shape)) == value.ndim or relative_error(value, truth) <= u**0.5:
+            return as_is
+        for axes in itertools.permutations(range(value.ndim)):
+            one = Arrangement(axes=axes)
+            turned = one.to_torch(value)
+            if turned.shape == truth.shape and relative_error(turned, truth) <= u**0.5:
+                self.remarks.append(f"{name} is compared in the order of axes {axes}; a layout rule says what is meant")
+                return one
+        return as_is
 
     def _input_axes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Input of torch -> the JAX input that is it, and the order of axes in which it is."""
@@ -284,16 +306,26 @@ class _Comparison:
         """The JAX side under torch's names and in torch's layout."""
         run = self.jax.run(dtype, self._our_objective, factors=factors)
         found: Arrays = {}
+        steps = self._steps(run.forward, truth)
         for phase, arrays in (("forward", run.forward), ("backward", run.backward)):
             for name, array in arrays.items():
-                for theirs, one in unstack(name, array, self.rules).items():
+                split = unstack(name, array, self.rules)
+                if name in steps:
+                    split = dict(zip(steps[name], array, strict=True))
+                elif len(split) > 1 and all(np.shape(truth.get(f"forward {one}")) == array.shape for one in split):
+                    # What all layers of a vmap take in: one array, whose cotangent is the sum of theirs.
+                    split = dict.fromkeys(split, array) if phase == "forward" else {}
+                for theirs, one in split.items():
                     found.setdefault(f"{phase} {theirs}", one)
                     self.ours_of.setdefault(theirs, (name,))
         for name in [name for name in found if name in truth]:
             phase, _, tensor = name.partition(" ")
             if tensor not in self.arranged:
                 declared = self._declared(tensor, found[name].ndim)
-                self.arranged[tensor] = self._best(tensor, found[name], truth[name], declared)
+                arrangement = self._best(tensor, found[name], truth[name], declared)
+                if declared is None and found[name].shape == truth[name].shape:
+                    arrangement = self._among_equals(tensor, found[name], truth[name], UNIT_ROUNDOFF[dtype])
+                self.arranged[tensor] = arrangement
             turned = _arranged(self.arranged[tensor], found[name], truth[name], phase)
             if turned is None:
                 del found[name]
@@ -320,6 +352,22 @@ class _Comparison:
         for name, (other, axes) in self.input_axes.items():
             if other in run.inputs:
                 found[f"gradient {name}"] = run.inputs[other].transpose(axes)
+        return found
+
+    def _steps(self, forward: Arrays, truth: Arrays) -> dict[str, list[str]]:
+        """JAX's name of an output of one module that a scan runs at every step -> torch's names, one for each step."""
+        found, calls = {}, {}
+        for name, array in forward.items():
+            names = list(unstack(name, array, self.rules))
+            base = names[0].partition("#")[0] if len(names) == 1 else ""
+            called = calls.get(base, 0)
+            true = np.shape(truth.get(f"forward {base}"))
+            if base and array.shape[1:] == true and array.ndim == len(true) + 1 and array.shape[0] > 1:
+                every = [f"{base}#{called + step}" if called + step > 1 else base for step in range(1, len(array) + 1)]
+                if f"forward {every[-1]}" in truth:
+                    found[name] = every
+                    called += len(array) - 1
+            calls[base] = called + 1
         return found
 
     def _declared(self, tensor: str, ndim: int) -> tuple[int, ...] | None:
@@ -357,6 +405,14 @@ class _Comparison:
         order = {name: index for index, name in enumerate(theirs)}
         names = sorted(truth, key=lambda name: order[name.split(" ")[1]])
         limit = dict.fromkeys(names, allowances({"": 1.0}, dtype)[""])
+        for name in names:
+            # What is not trained may have been computed, and rounded, by either side for itself.
+            tensor = name.split(" ")[1]
+            width = "float32" if theirs[tensor].dtype in (np.float32, np.complex64) else "float64"
+            if not self.torch.tensors[tensor].is_parameter:
+                limit[name] = max(limit[name], allowances({"": 1.0}, width, erring=2)[""])
+            if np.array_equal(values[name], theirs[tensor]):
+                self.carried.add(tensor)
         rows = make_rows(dtype, {name: truth[name] for name in names}, {"jax": values}, {"jax": limit})
         return [dataclasses.replace(row, inputs=()) for row in rows]
 
@@ -381,6 +437,9 @@ class _Comparison:
         for name in [name for name in ours if ".input" in name and np.shape(ours[name]) != np.shape(truth.get(name))]:
             del ours[name]
         common = {name: truth[name] for name in truth if name in ours}
+        void = [name for name, true in common.items() if np.isnan(true).any()]
+        if void:
+            self.problems.append(f"not a number on the torch side itself: {some(void)}; choose other inputs")
         for one in self.outputs:
             if not one.inexact:
                 limit[f"forward {output_name(one.theirs)}"] = 0.0
@@ -409,10 +468,9 @@ class _Comparison:
         A constant is moved by one rounding of float32, on its own side, and what that does is measured. A cast cannot
         be moved; it is taken to do what float32 does to the whole computation.
         """
-        placed = {name for link in self.plan.links for name in link.names}
-        sources = {part.source for link in self.plan.links for part in link.parts}
-        buffers = [name for name in self.torch.rounded_buffers() if name not in placed]
-        states = [name for name in self.jax.rounded_state() if name not in sources]
+        same = {part.source for link in self.plan.links for part in link.parts if self.carried.issuperset(link.names)}
+        buffers = self.torch.rounded_buffers(self.carried)
+        states = [name for name in self.jax.rounded_state() if name not in same]
         captured, casts = self.jax.rounded_constants(), self.jax.float32
         names = [f"torch's {name}" for name in buffers]
         names += [f"an array of shape {shape} in the torch module's code" for shape in sorted(self.torch.held)]
@@ -423,7 +481,8 @@ class _Comparison:
 
         def widen(found: Arrays, reference: Arrays) -> None:
             for name in truth:
-                effect[name] = max(effect[name], relative_error(found[name], reference[name]))
+                error = relative_error(found[name], reference[name])
+                effect[name] = max(effect[name], error) if np.isfinite(error) else effect[name]
 
         ours = self._ours("float64", truth) if states or captured else {}
         for seed in range(4):
@@ -476,7 +535,7 @@ class _Comparison:
             gradients=(found, every),
             only_jax=self.plan.only_jax,
             only_torch=self.plan.only_torch,
-            problems=self.plan.problems,
+            problems=(*self.plan.problems, *dict.fromkeys(self.problems)),
         )
 
     def notes(self) -> list[str]:
@@ -533,9 +592,8 @@ def _turned(inputs: Any, rules: Rules) -> Any:
         axes = layout_of(rules, (name, "*"), value.ndim) if isinstance(value, np.ndarray) else None
         return value if axes is None else value.transpose(np.argsort(axes))
 
-    if kwargs:
-        return {name: turned(f"input.{name}", value) for name, value in kwargs.items()}
-    return tuple(turned(f"input.{index}", value) for index, value in enumerate(args))
+    args, kwargs = filled(args, kwargs, turned)
+    return kwargs or tuple(args)
 
 
 def _main(keys: Iterable[str]) -> str:

@@ -32,8 +32,8 @@ SMALLEST_NOISE = 2.0**-24
 
 _EXACT = frozenset(
     """
-    _reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat ceil clamp clamp_max clamp_min clone
-    constant_pad_nd copy_
+    _conj_physical _reshape_copy _to_copy _unsafe_view abs alias amax amin arange cat ceil clamp clamp_max clamp_min
+    clone complex constant_pad_nd copy_
     embedding empty empty_like empty_strided expand_copy fill_ flip floor full full_like gather hardtanh index
     index_select isinf isnan lift_fresh masked_fill masked_fill_ max max_pool2d_with_indices maximum min minimum neg
     new_empty new_empty_strided
@@ -44,13 +44,19 @@ _EXACT = frozenset(
 )
 
 
+_SUMS = frozenset(
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d linalg_vector_norm logsumexp mean std sum var var_mean".split()
+)
+"""Operations whose every element sums as many of the first argument's as it is smaller."""
+
+
 def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
     """Number of terms that each element of `out` sums; 0 for an operation that sums nothing."""
     if name in ("mm", "bmm", "mv", "dot"):
         return args[0].shape[-1]
     if name in ("addmm", "addmv", "baddbmm"):
         return args[1].shape[-1]
-    if name in ("sum", "mean", "linalg_vector_norm", "logsumexp", "var", "var_mean"):
+    if name in _SUMS:
         return args[0].numel() // max(1, out.numel())
     if name == "nll_loss_forward":
         return args[1].numel()
@@ -68,13 +74,20 @@ def _terms(name: str, args: tuple, out: torch.Tensor) -> int:
         return args[0].numel() // args[0].shape[1] if small else args[2].numel() // args[2].shape[1]
     if name in ("avg_pool2d", "avg_pool3d"):
         return math.prod(args[1])
+    if name.startswith("_fft_"):
+        return sum(max(1, args[0].shape[axis] - 1).bit_length() for axis in args[1])  # stages of a fast transform
     if name == "cumsum":
         return args[0].shape[args[1]] if args[0].ndim else 0
     return 0
 
 
-_SUMS = frozenset("sum mean var var_mean logsumexp cumsum avg_pool2d avg_pool3d embedding_dense_backward".split())
-"""Sums that are no products: a framework may keep their partial sums in the dtype itself, as XLA does in bfloat16."""
+def _in_own_dtype(name: str, out: torch.Tensor) -> bool:
+    """Whether XLA, on a CPU, adds up in the dtype itself what torch does in a wider one.
+
+    It does where a sum is the transpose of a broadcast (a bias) or of a gather (an embedding).
+    """
+    return name in ("sum", "embedding_dense_backward") or (name == "convolution_backward" and out.ndim == 1)
+
 
 _FUSED = """
     _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data elu elu_backward gelu gelu_backward glu
@@ -120,8 +133,10 @@ class _RoundingNoise(Mode):
         self.generator = torch.Generator().manual_seed(seed)
 
     def noise(self, shape, amplitude: float) -> torch.Tensor:
-        uniform = torch.rand(shape, dtype=torch.float64, generator=self.generator)
-        return 1.0 + amplitude * (2.0 * uniform - 1.0)
+        return 1.0 + amplitude * self._uniform(shape)
+
+    def _uniform(self, shape) -> torch.Tensor:
+        return 2.0 * torch.rand(shape, dtype=torch.float64, generator=self.generator) - 1.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.parts:
@@ -129,19 +144,27 @@ class _RoundingNoise(Mode):
                 return self.parts[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name, exact, in_place = _kind(func)
-        if exact:
+        if exact and not (name in ("abs", "sgn") and args[0].is_complex()):
             return out
 
         def perturb(x):
-            if not (isinstance(x, torch.Tensor) and x.dtype == torch.float64):
+            if not (isinstance(x, torch.Tensor) and x.dtype in (torch.float64, torch.complex128)):
                 return x
-            terms = _terms(name, args, x)
-            # The bias of a convolution is a sum over all places.
-            plain = name in _SUMS or (name == "convolution_backward" and x.ndim == 1)
-            u_accumulator = self.u if self.parts and plain else self.u_accumulator
-            noise = self.noise(x.shape, self.u + math.sqrt(terms) * u_accumulator)
+            accumulator = self.u if self.parts and _in_own_dtype(name, x) else self.u_accumulator
+            amplitude = self.u + math.sqrt(_terms(name, args, x)) * accumulator
+            noise = self.noise(x.shape, amplitude)
+            if x.is_complex():  # a product's error is relative to the whole number, not to either part
+                noise = torch.complex(noise, amplitude * self._uniform(x.shape))
             return x.mul_(noise) if in_place else x * noise
 
+        if self.parts and name == "var_mean":
+            # Many a port takes mean(x^2) - mean(x)^2: the errors of either, in float32 at least.
+            variance, mean = out
+            amplitude = (1.0 + math.sqrt(_terms(name, args, mean))) * self.u_accumulator
+            square = mean * mean
+            first = (variance + square) * self._uniform(variance.shape)
+            second = 2.0 * square * self._uniform(variance.shape)
+            return perturb(variance) + amplitude * (first - second), perturb(mean)
         if isinstance(out, torch.Tensor):
             return perturb(out)
         if name.startswith("_foreach") and out is None:  # in place over lists: the first one is what it writes
@@ -219,7 +242,8 @@ def amplification(
         with rounding_noise(u, seed, u_accumulator=u_accumulator, decompose=decompose):
             noisy = compute()
         for name, truth in truths.items():
-            kappas[name] = max(kappas[name], relative_error(noisy[name], truth) / u)
+            error = relative_error(noisy[name], truth)
+            kappas[name] = max(kappas[name], error / u) if math.isfinite(error) else kappas[name]
     return truths, kappas
 
 

@@ -27,6 +27,8 @@ COMPILED_FOR_ONE_RUN = {"xla_backend_optimization_level": 0}
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that give random numbers."""
 
+
+_WIDE = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.complex64): np.dtype(np.complex128)}
 # Part of the key of JAX's caches: what is traced with taps, or with float32 meaning float64, is traced anew and never
 # handed to anybody else.
 _traced = jax.make_user_context(None)
@@ -43,14 +45,14 @@ def tracing(dtype: str) -> Iterator[None]:
 
     In float64 the name `jnp.float32` means float64, so that a model that casts inside has a program in float64.
     """
-    original = jnp.float32
+    original = jnp.float32, jnp.complex64
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"), _traced(f"compare {dtype}"):
         try:
             if dtype == "float64":
-                jnp.float32 = jnp.float64
+                jnp.float32, jnp.complex64 = jnp.float64, jnp.complex128
             yield
         finally:
-            jnp.float32 = original
+            jnp.float32, jnp.complex64 = original
 
 
 @dataclass
@@ -73,15 +75,28 @@ class Program:
         self.float32.clear()
         self.unreached.clear()
         state = _State(self, perturbations)
+        kinds = [one.aval.dtype for one in self.jaxpr.jaxpr.invars]
+        args = [
+            jnp.asarray(one, kind) if jnp.issubdtype(kind, jnp.integer) else one
+            for one, kind in zip(args, kinds, strict=True)
+        ]
         outputs = state.evaluate(self.jaxpr.jaxpr, constants, args)
         return outputs, state.taps
 
     def constants(self) -> list:
         """The arrays that the function captured, float32 in float64 where all is."""
-        return [
-            jnp.asarray(decimal(np.asarray(one))) if self.widen and _is_float32(one) else one
-            for one in self.jaxpr.consts
-        ]
+        return self.as_computed(self.jaxpr.jaxpr.constvars, self.jaxpr.consts)
+
+    def as_computed(self, variables: list, values: list) -> list:
+        """What the program captured, as it is computed with: float32 widened where all is, whole numbers as typed."""
+        found = []
+        for variable, value in zip(variables, values, strict=True):
+            if self.widen and is_narrow(value):
+                value = jnp.asarray(decimal(np.asarray(value)))
+            elif jnp.issubdtype(variable.aval.dtype, jnp.integer):  # NumPy's int64 stays as it is in a program of int32
+                value = jnp.asarray(value, jax.dtypes.canonicalize_dtype(variable.aval.dtype))
+            found.append(value)
+        return found
 
     def draws(self) -> bool:
         """Whether it draws random numbers."""
@@ -92,7 +107,7 @@ class Program:
         return {
             index: f"an array of shape {np.shape(one)} in the JAX function"
             for index, one in enumerate(self.jaxpr.consts)
-            if _is_float32(one) and not is_exact(np.asarray(one))
+            if is_narrow(one) and not is_exact(np.asarray(one))
         }
 
 
@@ -124,9 +139,7 @@ class _State:
         def read(atom):
             if not isinstance(atom, core.Literal):
                 return environment[atom]
-            if self.program.widen and _is_float32(atom.val):
-                return jnp.float64(decimal(np.asarray(atom.val)))
-            return atom.val
+            return self.program.as_computed([atom], [atom.val])[0]
 
         environment |= zip(jaxpr.constvars, constants, strict=True)
         environment |= zip(jaxpr.invars, args, strict=True)
@@ -153,16 +166,12 @@ class _State:
         return self.bind(equation, values)
 
     def inside(self, closed: core.ClosedJaxpr, values: list) -> list:
-        constants = [
-            jnp.asarray(decimal(np.asarray(one))) if self.program.widen and _is_float32(one) else one
-            for one in closed.consts
-        ]
-        return self.evaluate(closed.jaxpr, constants, values)
+        return self.evaluate(closed.jaxpr, self.program.as_computed(closed.jaxpr.constvars, closed.consts), values)
 
     def wider(self, equation, values: list) -> bool:
         """Whether some value has become float64 where the program has float32."""
         return self.program.widen and any(
-            _is_float32(atom.aval) and jnp.result_type(value) == jnp.float64
+            is_narrow(atom.aval) and jnp.result_type(value) == _WIDE[atom.aval.dtype]
             for atom, value in zip(equation.invars, values, strict=True)
         )
 
@@ -178,13 +187,13 @@ class _State:
             # A body that we do not enter is typed: it gets the float32 that it was written for.
             self.program.float32.append(f"{primitive.name} with a body in float32")
             values = [
-                jnp.asarray(value, atom.aval.dtype) if _is_float32(atom.aval) else value
+                jnp.asarray(value, atom.aval.dtype) if is_narrow(atom.aval) else value
                 for atom, value in zip(equation.invars, values, strict=True)
             ]
         outputs = primitive.bind(*values, **primitive.get_bind_params(params))
         outputs = list(outputs) if primitive.multiple_results else [outputs]
         if self.program.widen and bodies:
-            outputs = [jnp.asarray(one, jnp.float64) if _is_float32(one) else one for one in outputs]
+            outputs = [jnp.asarray(one, _WIDE[one.dtype]) if is_narrow(one) else one for one in outputs]
         return outputs
 
     def scan(self, params: dict, values: list) -> list:
@@ -243,18 +252,21 @@ def _primitives(jaxpr) -> Iterator[str]:
             yield from _primitives(body)
 
 
-def _is_float32(value) -> bool:
-    return getattr(value, "dtype", None) == np.float32
+def is_narrow(value) -> bool:
+    """Whether it is an array of float32 or of complex numbers made of two of them."""
+    return getattr(value, "dtype", None) in _WIDE
 
 
 def _widened(value):
     """A parameter of an equation; the dtype float32 as float64."""
     is_dtype = isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic))
-    return np.dtype(np.float64) if is_dtype and np.dtype(value) == np.float32 else value
+    return _WIDE.get(np.dtype(value), value) if is_dtype else value
 
 
 def is_exact(array: np.ndarray) -> bool:
     """Whether float32 numbers are what was meant, not the rounding of others: whole, or of few binary digits."""
+    if np.iscomplexobj(array):
+        return is_exact(array.real) and is_exact(array.imag)
     with np.errstate(invalid="ignore"):
         narrow = array.astype(ml_dtypes.bfloat16).astype(np.float32)
     return bool(np.all((narrow == array) | (array == np.rint(array)) | np.isnan(array)))
@@ -262,6 +274,8 @@ def is_exact(array: np.ndarray) -> bool:
 
 def decimal(array: np.ndarray) -> np.ndarray:
     """float32 in float64; a lone number is taken as a person would write it: 1e-6, not 9.99999997e-07."""
+    if np.iscomplexobj(array):
+        return decimal(array.real) + 1j * decimal(array.imag)
     if array.ndim:
         return array.astype(np.float64)
     return np.asarray(float(str(array[()])), np.float64)

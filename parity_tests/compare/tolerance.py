@@ -20,11 +20,19 @@ def wide(value: np.ndarray) -> np.ndarray:
     return np.asarray(value, np.complex128 if np.iscomplexobj(value) else np.float64)
 
 
-def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
-    """||value - truth||_F / ||truth||_F in double precision; for a zero truth, ||value||_F."""
+def difference(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """value - truth in double precision; 0 where both are the same infinity, as a masked score is."""
     value, truth = wide(value), wide(truth)
-    norm = np.linalg.norm(truth)
-    return float(np.linalg.norm(value - truth) / (norm if norm > 0 else 1.0))
+    with np.errstate(invalid="ignore"):
+        return np.where(value == truth, 0.0, value - truth)
+
+
+def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
+    """||value - truth||_F / ||truth||_F in double precision, ||truth||_F of what is finite; for a zero truth,
+    ||value||_F."""
+    truth = wide(truth)
+    norm = np.linalg.norm(truth[np.isfinite(truth)])
+    return float(np.linalg.norm(difference(value, truth)) / (norm if norm > 0 else 1.0))
 
 
 def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> float:
@@ -32,9 +40,10 @@ def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> 
     value, truth = wide(value), wide(truth)
     if value.shape != truth.shape:
         raise AssertionError(f"{name}: shape {value.shape} instead of {truth.shape}")
-    error = relative_error(value, truth)
+    error = relative_error(value, truth) if np.isfinite(truth).all() else float("nan")
     if not error <= allowance:
-        worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=np.inf)), value.shape)
+        apart = np.abs(difference(value, truth))
+        worst = np.unravel_index(np.argmax(np.nan_to_num(apart, nan=np.inf)), value.shape)
         index = tuple(map(int, worst))
         raise AssertionError(
             f"{name}: relative error {error:.3e} exceeds the allowance {allowance:.3e} "

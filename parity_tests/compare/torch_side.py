@@ -53,12 +53,24 @@ def torch_taps(
     walk = Walk(record, is_inexact, inputs=inputs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(walk.functions(functions))
+
+        def entered(path, args):
+            return None if _in_backward() else walk.enter(path, args)
+
+        def left(path, out):
+            return None if _in_backward() else walk.leave(path, out)
+
         for path, part in module.named_modules():
-            before = part.register_forward_pre_hook(lambda _, args, path=path: walk.enter(path, args))
-            after = part.register_forward_hook(lambda _, args, out, path=path: walk.leave(path, out))
+            before = part.register_forward_pre_hook(lambda _, args, path=path: entered(path, args))
+            after = part.register_forward_hook(lambda _, args, out, path=path: left(path, out))
             stack.callback(before.remove)
             stack.callback(after.remove)
         yield forward, backward
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs, where a checkpointed module is called once more for what it has not kept."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Widened(Mode):
@@ -72,14 +84,16 @@ class Widened(Mode):
     def __init__(self, *narrower: torch.dtype, seed: int | None = None) -> None:
         """`narrower`: dtypes that mean float64 as well."""
         super().__init__()
-        self.narrow, self.seed = (torch.float32, *narrower), seed
+        self.wide, self.seed = {**_WIDE, **dict.fromkeys(narrower, torch.float64)}, seed
         self.constants: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         """By where they lie: in float64, and themselves, so that nothing else comes to lie there."""
         self.shapes: set[tuple[int, ...]] = set()
         """Of those that are rounded."""
+        self.drawn: list[str] = []
+        """Operations that gave random numbers."""
 
     def widen(self, x):
-        if not (isinstance(x, torch.Tensor) and x.dtype == torch.float32):
+        if not (isinstance(x, torch.Tensor) and x.dtype in _WIDE):
             return x
         key = (x.data_ptr(), x._version, *x.shape)
         if key not in self.constants:
@@ -94,16 +108,35 @@ class Widened(Mode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get("dtype") in self.narrow:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn.append(func.overloadpacket.__name__)
+        if kwargs.get("dtype") in self.wide:
+            kwargs = {**kwargs, "dtype": self.wide[kwargs["dtype"]]}
         if not func._schema.is_mutable:  # what is written must be the caller's own
             args, kwargs = pytree.tree_map(self.widen, (args, kwargs))
         return func(*args, **kwargs)
 
 
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 def rounding_of_float32(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Factors that move each number by up to one rounding of float32."""
     return 1.0 + UNIT_ROUNDOFF["float32"] * np.random.default_rng(seed).uniform(-1.0, 1.0, shape)
+
+
+def _complex_of(width: torch.dtype) -> torch.dtype:
+    """The dtype of complex numbers that goes with one of real numbers; those of bfloat16 do not exist."""
+    return torch.complex128 if width == torch.float64 else torch.complex64
+
+
+def _cast(module: torch.nn.Module, width: torch.dtype) -> torch.nn.Module:
+    """The module, in place, in this dtype; `module.to` would drop the imaginary part of complex numbers."""
+
+    def cast(one: torch.Tensor) -> torch.Tensor:
+        return one.to(_complex_of(width)) if one.is_complex() else one.to(width) if one.is_floating_point() else one
+
+    return module._apply(cast)
 
 
 @contextlib.contextmanager
@@ -159,7 +192,7 @@ class TorchSide:
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         self.module = _copied(module)
-        self.constants, self.loss = dict(constants or {}), loss
+        self.constants, self.loss, self.check_mode = dict(constants or {}), loss, check_mode
         if check_mode:
             _check_mode(module)
         self.args, self.kwargs = arguments(inputs)
@@ -196,22 +229,25 @@ class TorchSide:
 
     def is_finer_than(self, dtype: str) -> bool:
         """Whether the module's parameters have digits that a cast to this dtype would round."""
-        kinds = {str(one.dtype).removeprefix("torch.") for one in self.parameters.values() if is_inexact(one)}
+        kinds = {str(one.real.dtype).removeprefix("torch.") for one in self.parameters.values() if is_inexact(one)}
         return any(UNIT_ROUNDOFF.get(kind, 1.0) < UNIT_ROUNDOFF[dtype] for kind in kinds)
 
     def values(self) -> Arrays:
         """Parameters and buffers, in their own dtype, by name."""
         return {name: to_numpy(one) for name, one in [*self.parameters.items(), *self.buffers.items()]}
 
-    def rounded_buffers(self) -> list[str]:
-        """Buffers in float32 whose numbers are the rounding of others, if they are not computed anew in float64."""
+    def rounded_buffers(self, carried: Iterable[str]) -> list[str]:
+        """Buffers in float32 whose numbers are the rounding of others, if they are not computed anew in float64.
+
+        Not those that the JAX side holds too (`carried`), number for number.
+        """
         again = {
             f"{path}.{name}" for path in self._remakeable for name, _ in self.module.get_submodule(path).named_buffers()
         }
         return [
             name
             for name, one in self.buffers.items()
-            if one.dtype == torch.float32 and name not in self.constants and name not in again
+            if one.dtype in _WIDE and name not in {*carried, *self.constants, *again}
             if not is_exact(to_numpy(one))
         ]
 
@@ -238,7 +274,7 @@ class TorchSide:
 
     def _wide_copy(self) -> torch.nn.Module:
         """The module in float64, its rotary tables and the like computed anew in it."""
-        module = copy.deepcopy(self.module).to(torch.float64)
+        module = _cast(copy.deepcopy(self.module), torch.float64)
         for path in self._remakeable:
             parent, _, last = path.rpartition(".")
             setattr(module.get_submodule(parent), last, _made_again(self.module.get_submodule(path)))
@@ -281,24 +317,27 @@ class TorchSide:
                 return torch.tensor(value)
             value = rounded(value) if noisy and cast else value
             found = torch.tensor(value)
-            complex_width = torch.complex128 if width == torch.float64 else torch.complex64
-            return found.to(complex_width if found.is_complex() else width).requires_grad_(bool(objective))
+            return found.to(_complex_of(width) if found.is_complex() else width).requires_grad_()
 
-        leaves = [tensor(one) for one in self.args]
-        named = {name: tensor(one) for name, one in self.kwargs.items()}
+        leaves = {name: tensor(one) for name, one in named_leaves(self.args, self.kwargs).items()}
 
         def fresh(value):
-            return value.clone() if is_inexact(value) and bool(objective) else value
+            return value.clone() if is_inexact(value) else value
 
         with contextlib.ExitStack() as stack:
+            widened = Widened(seed=seed)
             if wide:
-                widened = stack.enter_context(Widened(seed=seed))
+                stack.enter_context(widened)
                 stack.enter_context(default_dtype(torch.float64))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.set_grad_enabled(bool(objective)))
+            # Without an objective too: a model may differentiate inside, as one that returns forces does.
+            stack.enter_context(torch.set_grad_enabled(True))
             forward, backward = stack.enter_context(torch_taps(module))
-            out = self._called(
-                module, [fresh(one) for one in leaves], {name: fresh(one) for name, one in named.items()}
+            out = self._called(module, *filled(self.args, self.kwargs, lambda name, _: fresh(leaves[name])))
+            require(
+                not (widened.drawn and self.check_mode),
+                f"the torch module draws random numbers ({some(dict.fromkeys(widened.drawn))}); call module.eval(), or "
+                "pass what it draws as an input.",
             )
             outputs = flatten_output(out, lambda value: isinstance(value, torch.Tensor))
             if self.loss is not None:
@@ -311,8 +350,7 @@ class TorchSide:
         self.held |= widened.shapes if wide else set()
         # A tied parameter has one gradient, under its first name.
         gradients = {name: to_numpy(one.grad) for name, one in module.named_parameters() if one.grad is not None}
-        by_name = {**{f"input.{index}": one for index, one in enumerate(leaves)}, **_prefixed(named)}
-        given = {name: to_numpy(one.grad) for name, one in by_name.items() if is_inexact(one) and one.grad is not None}
+        given = {name: to_numpy(one.grad) for name, one in leaves.items() if is_inexact(one) and one.grad is not None}
         return TorchRun(
             {name: to_numpy(one) for name, one in outputs.items() if name != LOSS},
             dict(forward),
@@ -352,12 +390,12 @@ class TorchSide:
 
     def given(self) -> dict[str, np.ndarray]:
         """The inputs that are arrays, by position or name."""
-        every = {**{f"input.{index}": one for index, one in enumerate(self.args)}, **_prefixed(self.kwargs)}
+        every = named_leaves(self.args, self.kwargs)
         return {name: one for name, one in every.items() if isinstance(one, np.ndarray)}
 
     def _narrow_copy(self, width: torch.dtype) -> torch.nn.Module:
         """The module in this dtype; tables that are not stored with the weights stay in float32 below it."""
-        module = copy.deepcopy(self.module).to(width)
+        module = _cast(copy.deepcopy(self.module), width)
         if width == torch.bfloat16:
             stored = self.module.state_dict().keys()
             for name, one in self.buffers.items():
@@ -373,10 +411,6 @@ def _made_again(part: torch.nn.Module) -> torch.nn.Module:
         return type(part)(part.config).to(torch.float64).train(part.training)
 
 
-def _prefixed(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"input.{name}": one for name, one in named.items()}
-
-
 def kind_of(value: Any) -> str:
     """The class of an object and the package it comes from."""
     return f"{type(value).__module__.partition('.')[0]} {type(value).__name__}".removeprefix("builtins ")
@@ -390,8 +424,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
     )
     meta = [name for name, one in [*module.named_parameters(), *module.named_buffers()] if one.is_meta]
     require(not meta, f"the torch module has no values in {some(meta)}: they are on the meta device; load them first.")
+    scripted = [name or "it" for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    require(not scripted, f"the torch module is compiled to TorchScript ({some(scripted)}); pass what it was made of.")
+    lazy = [name for name, one in module.named_parameters() if torch.nn.parameter.is_lazy(one)]
+    require(not lazy, f"the torch module has no values in {some(lazy)}: they are lazy; call it once first.")
     try:
-        module = copy.deepcopy(module).cpu()
+        module = copy.deepcopy(module, _computed(module)).cpu()
     except Exception as error:
         raise CompareError(f"the torch module cannot be copied: {first_line(error)}; pass a plain module.") from error
     kinds = {one.dtype for one in module.parameters()} & {torch.float16}
@@ -400,6 +438,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         if is_inexact(parameter):
             parameter.requires_grad_()
     return module
+
+
+def _computed(module: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """A memo for deepcopy of tensors that a module has computed and keeps, as weight_norm's `weight`: their values."""
+    kept = [one for part in module.modules() for one in vars(part).values() if isinstance(one, torch.Tensor)]
+    return {id(one): one.detach().clone() for one in kept if not one.is_leaf}
 
 
 def _check_mode(module: torch.nn.Module) -> None:
@@ -428,6 +472,8 @@ def _array(value):
         return value
     if isinstance(value, torch.Tensor):
         return to_numpy(value)
+    if isinstance(value, dict | tuple) or (isinstance(value, list) and any(hasattr(one, "ndim") for one in value)):
+        return _each(value, "", lambda _, one: _array(one))
     if isinstance(value, list) or hasattr(value, "__array__"):
         try:
             array = to_numpy(value)
@@ -437,3 +483,28 @@ def _array(value):
         require(array.dtype != np.float16, "an input is float16, which is not compared; pass it as float32.")
         return array
     return value
+
+
+def _each(value: Any, name: str, leaf: Callable[[str, Any], Any]) -> Any:
+    """An argument, a tuple or dict of several included, whose leaves are `leaf(name, leaf)`; input.1.0 is a name."""
+    if isinstance(value, dict):
+        return {key: _each(one, f"{name}.{key}", leaf) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        every = [_each(one, f"{name}.{index}", leaf) for index, one in enumerate(value)]
+        return type(value)(*every) if hasattr(value, "_fields") else type(value)(every)
+    return leaf(name, value)
+
+
+def filled(args: tuple, kwargs: Mapping[str, Any], leaf: Callable[[str, Any], Any]) -> tuple[list, dict[str, Any]]:
+    """The arguments with `leaf(name, value)` in place of every value."""
+    return (
+        [_each(one, f"input.{index}", leaf) for index, one in enumerate(args)],
+        {name: _each(one, f"input.{name}", leaf) for name, one in kwargs.items()},
+    )
+
+
+def named_leaves(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value among the arguments, by position or name."""
+    found: dict[str, Any] = {}
+    filled(args, kwargs, found.__setitem__)
+    return found
