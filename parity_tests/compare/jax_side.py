@@ -138,6 +138,10 @@ def _value(variable):
     return variable[...] if hasattr(variable, "replace") and not isinstance(variable, jax.Array) else variable
 
 
+_NAME = "to_nnx__compared_as"
+"""Attribute of a module that is its path; a Linen module in an NNX one takes no attribute so begun for its variable."""
+
+
 @contextlib.contextmanager
 def _nnx_taps(model, dtype: str, notes: list[str]) -> Iterator[None]:
     from flax import nnx
@@ -146,9 +150,9 @@ def _nnx_taps(model, dtype: str, notes: list[str]) -> Iterator[None]:
     for path, part in parts:
         name = ".".join(map(str, path))
         # A name that is kept when scan or remat take the module apart and make it anew.
-        part._compared_as = name
+        setattr(part, _NAME, name)
         _set_widths(part, name, dtype, notes)
-    with _patched_calls({type(part) for _, part in parts}, lambda self: getattr(self, "_compared_as", None)):
+    with _patched_calls({type(part) for _, part in parts}, lambda self: getattr(self, _NAME, None)):
         yield
 
 
