@@ -86,13 +86,12 @@ class Bert(nnx.Module):
     def __init__(self, config, bug, rngs, roberta=False):
         size, padding = config.hidden_size, config.pad_token_id
         self.padding, self.roberta, self.bug = padding, roberta, bug
-        if bug == "padding-row-trained":
-            self.word = nnx.Embed(config.vocab_size, size, rngs=rngs)
-        else:
-            self.word = PaddedEmbed(config.vocab_size, size, padding, rngs)
+        # As users write it: some stop the gradient of the padding row, as torch does, and some do not.
         if roberta:
+            self.word = PaddedEmbed(config.vocab_size, size, padding, rngs)
             self.position = PaddedEmbed(config.max_position_embeddings, size, padding, rngs)
         else:
+            self.word = nnx.Embed(config.vocab_size, size, rngs=rngs)
             self.position = nnx.Embed(config.max_position_embeddings, size, rngs=rngs)
         self.token_type = nnx.Embed(config.type_vocab_size, size, rngs=rngs)
         eps = 1e-6 if bug == "eps" else config.layer_norm_eps
@@ -545,7 +544,6 @@ PORTS = (
             "last-token-pooled": first("pooler.dense.input", "pooler.dense"),
             "query-and-key-loaded-swapped": ("weight encoder.layer.0.attention.self.query.weight",),
             "value-stopped": ("backward encoder.layer.1.attention.self.value",),
-            "padding-row-trained": ("gradient embeddings.word_embeddings.weight",),
         },
     ),
     Port(

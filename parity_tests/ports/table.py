@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
+import jax
+
 from parity_tests.compare.errors import CompareError
 from parity_tests.compare.modules import compare_modules
 from parity_tests.compare.precision import DTYPES, versions
@@ -71,7 +73,10 @@ def judge(port: Port, bug: str = "", **options) -> Outcome:
 def _measure(task: tuple[str, str]) -> Outcome:
     name, bug = task
     port = ports()[name]
-    return judge(port, bug, dtypes=("float64",), seeds=range(2)) if bug else judge(port, dtypes=DTYPES)
+    try:
+        return judge(port, bug, dtypes=("float64",), seeds=range(2)) if bug else judge(port, dtypes=DTYPES)
+    finally:
+        jax.clear_caches()  # the programs of hundreds of models
 
 
 def measure(names: Iterable[str] = (), workers: int = 2) -> Iterator[Outcome]:
@@ -79,7 +84,7 @@ def measure(names: Iterable[str] = (), workers: int = 2) -> Iterator[Outcome]:
     every = ports()
     chosen = [every[name] for name in names] if names else list(every.values())
     tasks = [(port.name, bug) for port in chosen for bug in ("", *port.bugs)]
-    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield from pool.map(_measure, tasks)
 
 

@@ -876,7 +876,7 @@ PORTS = (
             ),
             "once_too_few": ("forward refine", "forward head.input", "forward head"),
             "no_last_residual": ("forward head.input", "forward head"),
-            "stop_gradient": ("backward refine", "gradient refine.bias", "gradient refine.weight"),
+            "stop_gradient": ("backward refine#2", "backward refine", "gradient refine.bias", "gradient refine.weight"),
             "transposed": ("weight refine.weight",),
         },
     ),
