@@ -198,9 +198,12 @@ class _State:
 
     def scan(self, params: dict, values: list) -> list:
         """A scan whose taps come out stacked, by a scan of our own over the same body."""
-        consts, carried = params["num_consts"], params["num_carry"]
-        fixed, carry, xs = values[:consts], values[consts : consts + carried], values[consts + carried :]
-        body = params["jaxpr"]
+        if "ft_in" in params:  # jax 0.12 groups the arguments
+            fixed, carry, xs = map(list, params["ft_in"].update(values).unpack())
+        else:
+            consts, carried = params["num_consts"], params["num_carry"]
+            fixed, carry, xs = values[:consts], values[consts : consts + carried], values[consts + carried :]
+        body, carried = params["jaxpr"], len(carry)
 
         if not any(True for _ in _names(body.jaxpr)) and not self.program.widen:
             return list(primitives.scan_p.bind(*values, **params))
