@@ -790,8 +790,8 @@ JUDGES = (
         "the judge",
         "errors are relative to the larger of the two",
         "parity_tests.compare.tolerance",
-        "norm = np.linalg.norm(truth)",
-        "norm = max(np.linalg.norm(truth), np.linalg.norm(value))",
+        "norm = np.linalg.norm(truth[np.isfinite(truth)])",
+        "norm = max(np.linalg.norm(truth[np.isfinite(truth)]), np.linalg.norm(value))",
         JUDGE,
     ),
     slip(
