@@ -564,7 +564,7 @@ PORTS = (
             "scores-scaled": T5_ATTENTION,
             "padding-ignored": T5_ATTENTION,
             "buckets-off": first(T5_BIAS),
-            "direction-reversed": first(T5_BIAS),
+            "direction-reversed": first(T5_BIAS, "encoder.block.0.layer.0.SelfAttention.o.input"),
             "bias-in-first-layer-only": first(
                 "encoder.block.1.layer.0.SelfAttention.o.input", "encoder.block.1.layer.0.SelfAttention.o"
             ),

@@ -723,7 +723,7 @@ PORTS = (
             "norm-without-one": first("model.layers.0.input_layernorm"),
             "gelu-exact": first("model.layers.0.mlp.act_fn", *(name.removeprefix("forward ") for name in GATE)),
             "scale-of-hidden-size": ATTENTION,
-            "head-scaled": first("lm_head", "output"),
+            "head-scaled": first("lm_head", "output.logits", "output"),
         },
     ),
 )

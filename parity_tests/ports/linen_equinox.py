@@ -565,7 +565,7 @@ PORTS = (
         {
             "eps": ("forward layers.0.norm", "forward layers.0", "forward head", "forward output"),
             "tanh_gelu": ("forward layers.0.fc2.input", "forward layers.0.fc2", "forward layers.0", "forward head"),
-            "reversed": (*_SCANNED, "forward layers.0", "forward head"),
+            "reversed": (*_SCANNED, "forward layers.0.input", "forward layers.0", "forward head"),
             "skip_detached": ("backward layers.1", "backward layers.1.fc2", "gradient layers.1.fc2.bias"),
             "layers_swapped": ("weight layers.0.norm.weight",),
         },
