@@ -774,8 +774,8 @@ JUDGES = (
         "the judge",
         "another shape passes",
         "parity_tests.compare.tolerance",
-        "if value.shape != truth.shape:",
-        "if value.size != truth.size:",
+        "if value.shape != truth.shape:\n        raise",
+        "if value.size != truth.size:\n        raise",
         JUDGE,
     ),
     slip(
@@ -814,7 +814,7 @@ JUDGES = (
     slip(
         "the judge",
         "an infinite error counts as none",
-        "parity_tests.compare.functions",
+        "parity_tests.compare.tolerance",
         "(error if math.isfinite(error) else math.inf)",
         "(error if math.isfinite(error) else 0.0)",
         JUDGE,
@@ -961,4 +961,85 @@ TORCH = (
     ),
 )
 
-MUTANTS = (*BOTH, *SHARED, *DATA_SLIPS, *REPORTING, *COST_SLIPS, *PRECISION, *DURABILITY, *INPUT, *JUDGES, *TORCH)
+PORTS = "parity_tests/test_compare.py"
+
+
+def port(name: str, module: str, old: str, new: str, caught_by: str = PORTS) -> Mutant:
+    """A slip in the comparison of foreign models."""
+    return slip("ports", name, f"parity_tests.compare.{module}", old, new, caught_by)
+
+
+COMPARISON = (
+    port(
+        "a torch parameter without a partner is passed over",
+        "report",
+        "return not (self.only_jax or self.only_torch or self.problems)",
+        "return not (self.only_jax or self.problems)",
+    ),
+    port(
+        "heads fused part by part",
+        "rules",
+        "for group in range(groups) for part in range(len(values))",
+        "for part in range(len(values)) for group in range(groups)",
+    ),
+    port("a kernel is not transposed", "rules", "before=(I, O), axes=(1, 0))", "before=(O, I))"),
+    port(
+        "an unknown target of the rules is passed over",
+        "rules",
+        "if filled and not any(",
+        "if not filled and not any(",
+    ),
+    port("float32 stays float32", "program", "_WIDE.get(np.dtype(value), value) if is_dtype", "value if is_dtype"),
+    port(
+        "a float32 literal is taken as rounded",
+        "program",
+        "np.asarray(float(str(array[()])), np.float64)",
+        "array.astype(np.float64)",
+    ),
+    port("a scan runs forwards", "program", 'reverse=params["reverse"]', "reverse=False"),
+    port("cotangents of a scan's taps are lost", "program", "if unique in mine}", "if unique in mine and False}"),
+    port(
+        "a constant explains everything",
+        "modules",
+        "        if casts:\n            ratio",
+        "        if names:\n            ratio",
+    ),
+    port(
+        "a parameter without a gradient is not compared",
+        "modules",
+        "gradients={name: run.gradients.get(name, zero) for name, zero in zeros.items()}",
+        "gradients={name: run.gradients[name] for name in zeros if name in run.gradients}",
+    ),
+    port(
+        "the whole table's gradient passes with its padding row",
+        "modules",
+        "gradients[first][row] = expected[row]",
+        "gradients[first][:] = expected",
+    ),
+    port(
+        "an output of another shape is passed over",
+        "modules",
+        "if is_input(name) and np.shape",
+        "if np.shape",
+    ),
+    port(
+        "the command ends in 0 whatever was found",
+        "__main__",
+        "return report.exit_code",
+        "return 0",
+    ),
+)
+
+MUTANTS = (
+    *BOTH,
+    *SHARED,
+    *DATA_SLIPS,
+    *REPORTING,
+    *COST_SLIPS,
+    *PRECISION,
+    *DURABILITY,
+    *INPUT,
+    *JUDGES,
+    *COMPARISON,
+    *TORCH,
+)

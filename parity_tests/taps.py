@@ -22,6 +22,7 @@ import jax_impl.weights
 import torch_ref.model
 import torch_ref.weights
 from jax_impl import random as jax_random
+from parity_tests.compare.jax_side import patched_calls
 from parity_tests.compare.report import Operation
 from parity_tests.compare.torch_side import torch_taps
 from parity_tests.compare.walk import FunctionTap, Walk, to_numpy
@@ -80,23 +81,7 @@ def jax_taps(
     walk = Walk(record, is_array, inputs=INPUT_TAPS)
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     kinds = {type(module) for _, module in nnx.iter_modules(model)}
-    originals = {kind: kind.__call__ for kind in kinds if any("__call__" in vars(base) for base in kind.__mro__)}
-
-    def tapped(original):
-        def call(self, *args, **kwargs):
-            path = paths.get(id(self))
-            if path is None or (walk.path and walk.path[-1] == path):  # a parent class's __call__, through super()
-                return original(self, *args, **kwargs)
-            return walk.leave(path, original(self, *walk.enter(path, args), **kwargs))
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(walk.functions(functions))
-        for kind, original in originals.items():
-            own = "__call__" in vars(kind)
-            stack.callback(*((setattr, kind, "__call__", original) if own else (delattr, kind, "__call__")))
-            kind.__call__ = tapped(original)
+    with walk.functions(functions), patched_calls(walk, kinds, lambda module: paths.get(id(module))):
         yield taps
 
 

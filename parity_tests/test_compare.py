@@ -24,6 +24,7 @@ from parity_tests.compare import (
     save_rules,
     tap,
 )
+from parity_tests.compare import __main__ as command
 from parity_tests.compare.program import Program, tracing
 from parity_tests.compare.rules import arrangements, cut, join, rename
 
@@ -169,6 +170,77 @@ def test_a_parameter_without_a_partner_is_not_equal():
     with pytest.raises(CompareError, match="extra of JAX has no place in torch"):
         copy_weights(net, port)
     assert copy_weights(net, port, partial=True).unplaced == ("extra of JAX has no place in torch",)
+
+
+def test_a_torch_parameter_alone_is_not_equal_either():
+    net, port = TorchNet(), NnxNet()
+    copy_weights(net, port)
+    net.extra = torch.nn.Parameter(torch.ones(2))
+    report = compare_modules(port, net, [numbers(ROWS, IN)], **QUICK)
+    assert report.exit_code == 1 and report.headline == "Incomplete"
+    assert "6 of 7 parameters" in report.verdict() and "parameters only in torch: extra" in report.verdict()
+    with pytest.raises(CompareError, match="extra of torch has no place in JAX"):
+        copy_weights(net, port)
+
+
+class TorchTokens(torch.nn.Module):
+    """A table whose row 0 is padding, and a scale that is used and not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(IN, HIDDEN, padding_idx=0)
+        self.scale = torch.nn.Parameter(torch.tensor(numbers(HIDDEN)))
+
+    def forward(self, tokens):
+        return self.table(tokens) * self.scale.detach()
+
+
+class NnxRows(nnx.Embed):
+    """A table one of whose rows is not trained."""
+
+    stopped = -1
+
+    def __call__(self, tokens):
+        rows = super().__call__(tokens)
+        return jnp.where((tokens == self.stopped)[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+class NnxTokens(nnx.Module):
+    """The port; `stopped` is a token whose row is not trained, `trained` whether the scale is."""
+
+    def __init__(self, stopped: int = -1, trained: bool = False) -> None:
+        self.table = NnxRows(IN, HIDDEN, rngs=nnx.Rngs(0))
+        self.table.stopped = stopped
+        self.scale, self.trained = nnx.Param(jnp.zeros(HIDDEN)), trained
+
+    def __call__(self, tokens):
+        return self.table(tokens) * (self.scale[...] if self.trained else jax.lax.stop_gradient(self.scale[...]))
+
+
+def test_a_padding_row_is_left_out_alone_and_what_torch_does_not_train_is_compared():
+    net, tokens = TorchTokens(), np.array([[0, 1, 2], [2, 4, 0]])
+    for options, diverging in (
+        ({}, ""),
+        ({"stopped": 2}, "gradient table.weight"),
+        ({"trained": True}, "gradient scale"),
+    ):
+        port = copy_weights(net, NnxTokens(**options)).module
+        report = compare_modules(port, net, [tokens], **QUICK)
+        assert (report.first_divergence.row.name if report.exit_code else "") == diverging
+        assert report.coverage.gradients == (2, 2) and any("row 0 of table.weight" in note for note in report.notes)
+
+
+def test_the_command_ends_with_the_verdicts_exit_code(monkeypatch, capsys):
+    net, port = TorchNet(), NnxNet()
+    copy_weights(net, port)
+    for module, code, text in (
+        (port, 0, "no divergence: 6 of 6 parameters"),
+        (NnxNet(), 1, "first divergence: weight"),
+    ):
+        pair = lambda module=module: (module, net, [numbers(ROWS, IN)])  # noqa: E731
+        monkeypatch.setattr(command, "load_pair", lambda spec, pair=pair: pair)
+        assert command.main(["here:pair", "--dtypes", "float64"]) == code
+        assert capsys.readouterr().out.startswith(text)
 
 
 def test_nothing_of_the_users_is_changed():
@@ -361,6 +433,14 @@ def test_float32_inside_a_jax_model_means_float64_in_the_float64_pass(cast):
     assert (wide != wide.astype(np.float32)).any(), "and not float32's"
 
 
+def test_a_literal_in_float32_is_what_was_written():
+    x = np.linspace(0.1, 0.7, 4)
+    program = traced(lambda x: x.astype("float32") * 0.1 + 1e-6, x)
+    with tracing("float64"):
+        (out,), _ = program.run(program.constants(), [jnp.asarray(x)], None)
+    assert np.abs(np.asarray(out) / (x * 0.1 + 1e-6) - 1.0).max() <= 2 * 2.0**-53
+
+
 def test_taps_are_found_inside_jit_remat_vmap_and_scan():
     @jax.jit
     def inner(x):
@@ -382,6 +462,19 @@ def test_taps_are_found_inside_jit_remat_vmap_and_scan():
     }
     assert program.unreached == ["e"]
     np.testing.assert_array_equal(taps["c"], np.asarray(taps["b"]) + 1)
+
+
+def test_a_scan_from_the_last_to_the_first_keeps_its_order():
+    def model(x):
+        return jax.lax.scan(lambda c, row: (tap("h", c + row), c), jnp.zeros(2), x, reverse=True)[1]
+
+    x = numbers(3, 2)
+    program = traced(model, x)
+    with tracing("float64"):
+        (out,), taps = program.run([], [jnp.asarray(x, jnp.float64)], None)
+    later = np.cumsum(x[::-1].astype(np.float64), axis=0)[::-1]
+    np.testing.assert_array_equal(np.asarray(taps["h"]), later)
+    np.testing.assert_array_equal(np.asarray(out), np.concatenate([later[1:], np.zeros((1, 2))]))
 
 
 def test_cotangents_of_taps_inside_a_scan_are_those_of_each_step():
@@ -436,6 +529,38 @@ def test_a_float32_constant_on_one_side_is_named_and_no_formula(where, named):
         exact = {"table": np.sin(np.arange(IN) + 0.5)}
         given = compare_modules(port, net, [numbers(ROWS, IN)], constants=exact, **QUICK)
         assert given.exit_code == 0 and not given.explained
+
+
+class TorchNamed(torch.nn.Module):
+    """Its norm has a name that begins as that of an input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.ModuleDict({"input_norm": torch.nn.LayerNorm(IN), "out": torch.nn.Linear(IN, OUT)})
+
+    def forward(self, x):
+        return self.block["out"](self.block["input_norm"](x))
+
+
+class NnxNamed(nnx.Module):
+    def __init__(self, twice: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        norm, out = nnx.LayerNorm(IN, epsilon=1e-5, rngs=rngs), nnx.Linear(IN, OUT, rngs=rngs)
+        self.block, self.twice = nnx.Dict(input_norm=norm, out=out), twice
+
+    def __call__(self, x):
+        rows = jnp.concatenate([x, x + 1]) if self.twice else x
+        return self.block.out(self.block.input_norm(rows)[: len(x)])
+
+
+def test_a_module_called_input_something_is_an_output():
+    net, port = TorchNamed(), NnxNamed()
+    copy_weights(net, port)
+    assert assert_same(port, net, [numbers(ROWS, IN)], **QUICK).coverage.outputs == (3, 3)
+    wide = NnxNamed(twice=True)
+    copy_weights(net, wide)
+    found = compare_modules(wide, net, [numbers(ROWS, IN)], **QUICK)
+    assert found.first_divergence.row.name == "forward block.input_norm", "a shape of its own is not passed over"
 
 
 def test_a_users_loss_is_compared():

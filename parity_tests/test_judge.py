@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from parity_tests import example
-from parity_tests.compare import tolerance
+from parity_tests.compare import precision, tolerance
 from parity_tests.compare.errors import CompareError
 from parity_tests.compare.functions import compare, own_error_allowances
 from parity_tests.compare.montecarlo import SEEDS, allowances, amplification, rounded
 from parity_tests.compare.report import Report, Row
 from parity_tests.compare.tolerance import SAFETY, check, check_all, relative_error
-from recipe.contract import UNIT_ROUNDOFF
+from recipe.contract import UNIT_ROUNDOFF, accumulation_of
 
 LIMIT = 2.0**-20
 TRUTH = np.random.default_rng(0).standard_normal((4, 5))
@@ -221,3 +221,9 @@ def test_two_modules_that_differ_are_told_apart(plant, monkeypatch):
 
 def test_the_table_of_cases_is_about_the_judge_that_runs():
     assert tolerance.check is check and len(REFUSED) > len(ACCEPTED) > 4
+
+
+def test_the_comparison_of_ports_rounds_as_the_project_does():
+    """It imports nothing of ours, so it has these numbers for itself."""
+    assert precision.UNIT_ROUNDOFF == UNIT_ROUNDOFF
+    assert all(precision.accumulation_of(dtype) == accumulation_of(dtype) for dtype in UNIT_ROUNDOFF)

@@ -28,6 +28,7 @@ from parity_tests.cases import PRECISIONS, random_tokens, random_weights
 from parity_tests.compare.functions import make_rows
 from parity_tests.compare.montecarlo import SEEDS, allowances, amplification, noise_of, rounded
 from parity_tests.compare.report import Report
+from parity_tests.compare.tolerance import may_turn
 from parity_tests.contract import process_contract
 from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining, x64
@@ -357,9 +358,7 @@ def twin_contracts(
 def _with_free_signs(truth: Arrays, limits: dict[str, float]) -> dict[str, float]:
     """The allowances, widened where Adam divides a moment that rounding may send through zero.
 
-    Adam's first updates are nearly the signs of the moments, so a draw of noise either turns one around or shows
-    nothing of it. The smallest moments of a tensor that together stay within the allowance of exp_avg may have either
-    sign: each moves its update by up to twice its size, and the parameter by as much.
+    A moment that `may_turn` moves its update by up to twice its size, and the parameter by as much.
     """
     widened, moved = dict(limits), {}
     for name, moments in truth.items():
@@ -367,10 +366,7 @@ def _with_free_signs(truth: Arrays, limits: dict[str, float]) -> dict[str, float
         if not parameter:
             continue
         update, value = truth[f"{step} update {parameter}"], truth[f"{step} parameter {parameter}"]
-        squares = np.sort(moments[moments != 0.0] ** 2)
-        free = np.searchsorted(np.cumsum(squares), (limits[name] * np.linalg.norm(moments)) ** 2)
-        turned = (moments != 0.0) & (moments**2 <= (squares[free - 1] if free else -1.0))
-        extra = 2.0 * np.linalg.norm(update[turned])
+        extra = 2.0 * np.linalg.norm(update[may_turn(moments, limits[name])])
         moved[parameter] = moved.get(parameter, 0.0) + extra
         widened[f"{step} update {parameter}"] += extra / np.linalg.norm(update)
         widened[f"{step} parameter {parameter}"] += moved[parameter] / np.linalg.norm(value)

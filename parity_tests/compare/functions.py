@@ -13,7 +13,7 @@ import numpy as np
 from parity_tests.compare.errors import CompareError, require, some
 from parity_tests.compare.precision import UNIT_ROUNDOFF, check_dtypes
 from parity_tests.compare.report import Coverage, Operation, Report, Row
-from parity_tests.compare.tolerance import SAFETY, difference, relative_error, wide
+from parity_tests.compare.tolerance import SAFETY, error_and_worst, relative_error
 from parity_tests.compare.walk import to_numpy
 
 Arrays = Mapping[str, np.ndarray]
@@ -92,7 +92,7 @@ def make_rows(
         for side, arrays in sides.items():
             if name not in arrays:
                 continue
-            errors[side], detail = _error(arrays[name], true)
+            errors[side], detail = error_and_worst(arrays[name], true)
             allowed[side] = limits[side][name]
             if not errors[side] <= allowed[side]:
                 details[side] = detail
@@ -100,20 +100,6 @@ def make_rows(
         rows.append(Row(dtype, name, np.shape(true), errors, allowed, operation, tuple(inputs), details))
         previous = (name,)
     return rows
-
-
-def _error(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
-    """Relative error, infinite for another shape or a value that is not a number; and the worst element in words."""
-    value, truth = wide(value), wide(truth)
-    if value.shape != truth.shape:
-        return math.inf, f"shape {value.shape} instead of {truth.shape}"
-    if not truth.size:
-        return 0.0, "no element"
-    error = relative_error(value, truth)
-    apart = np.abs(difference(value, truth))
-    worst = np.unravel_index(np.argmax(np.nan_to_num(apart, nan=math.inf)), value.shape)
-    detail = f"worst at {tuple(map(int, worst))}: {value[worst].item()!r} instead of {truth[worst].item()!r}"
-    return (error if math.isfinite(error) else math.inf), detail
 
 
 def _check_function(function: Any, whose: str) -> None:

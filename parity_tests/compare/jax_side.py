@@ -13,7 +13,7 @@ import numpy as np
 from parity_tests.compare.errors import CompareError, first_line, require, some
 from parity_tests.compare.program import COMPILED_FOR_ONE_RUN, Program, is_exact, is_narrow, tap, tracing
 from parity_tests.compare.torch_side import arguments, filled, named_leaves
-from parity_tests.compare.walk import LOSS, Arrays, Walk, flatten_output, to_numpy
+from parity_tests.compare.walk import LOSS, Arrays, Run, Walk, flatten_output, to_numpy
 
 WIDTHS = ("float64", "float32", "bfloat16", "float16")
 
@@ -152,7 +152,7 @@ def _nnx_taps(model, dtype: str, notes: list[str]) -> Iterator[None]:
         # A name that is kept when scan or remat take the module apart and make it anew.
         setattr(part, _NAME, name)
         _set_widths(part, name, dtype, notes)
-    with _patched_calls({type(part) for _, part in parts}, lambda self: getattr(self, _NAME, None)):
+    with patched_calls(_walk(), {type(part) for _, part in parts}, lambda self: getattr(self, _NAME, None)):
         yield
 
 
@@ -171,9 +171,8 @@ def _set_widths(part: Any, name: str, dtype: str, notes: list[str], put: Callabl
 
 
 @contextlib.contextmanager
-def _patched_calls(kinds: set[type], path_of: Callable[[Any], str | None]) -> Iterator[None]:
-    """Context in which `__call__` of these classes names what it returns by the path of the object called."""
-    walk = _walk()
+def patched_calls(walk: Walk, kinds: set[type], path_of: Callable[[Any], str | None]) -> Iterator[None]:
+    """Context in which `__call__` of these classes taps what it returns by the path of the object called."""
 
     def tapped(original):
         def call(self, *args, **kwargs):
@@ -197,8 +196,7 @@ def _patched_calls(kinds: set[type], path_of: Callable[[Any], str | None]) -> It
 
 def _walk() -> Walk:
     """Names by path alone: a program numbers calls itself, since one trace may be run several times."""
-    walk = Walk(lambda name, value, to_common: tap(name.partition("#")[0], value), is_inexact)
-    return walk
+    return Walk(lambda name, value, to_common: tap(name.partition("#")[0], value), is_inexact)
 
 
 def _open_linen(module, variables, *, bound: bool) -> Model:
@@ -310,7 +308,7 @@ def _open_equinox(module) -> Model:
             only = kinds.get(type(part), [])
             return known.get(id(part), only[0] if len(only) == 1 else None)
 
-        with _patched_calls(set(kinds), path_of):
+        with patched_calls(_walk(), set(kinds), path_of):
             yield
 
     dropping = tuple(path for path, part in paths.items() if _drops(part))
@@ -417,17 +415,6 @@ def cast(x, dtype: str) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return x.astype(jnp.complex128 if dtype == "float64" else jnp.complex64)
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-class JaxRun(NamedTuple):
-    """What one forward and backward pass leaves, by the JAX side's own names and in its own layout."""
-
-    outputs: Arrays
-    forward: Arrays
-    backward: Arrays
-    gradients: Arrays
-    inputs: Arrays
-    loss: np.ndarray | None
 
 
 class JaxSide:
@@ -550,7 +537,7 @@ class JaxSide:
     def _filled(self, inputs: Mapping[str, Any]) -> tuple[list, dict]:
         return filled(self.args, self.kwargs, inputs.get)
 
-    def run(self, dtype: str, objective: Callable | None, *, factors: Mapping[str, np.ndarray] | None = None) -> JaxRun:
+    def run(self, dtype: str, objective: Callable | None, *, factors: Mapping[str, np.ndarray] | None = None) -> Run:
         """One pass in `dtype`. `objective(outputs by key)` gives the scalar that is differentiated.
 
         `factors` multiply states and, under `constant INDEX`, what the function captured.
@@ -591,7 +578,7 @@ class JaxSide:
                 step = jitted(jax.value_and_grad(forward, argnums=(0, 1, 2), has_aux=True))
                 (loss, (outputs, taps)), (gradients, given, cotangents) = step(params, differentiable, zeros, *rest)
         self.unreached, self.float32 = list(program.unreached), list(program.float32)
-        return JaxRun(
+        return Run(
             {key: to_numpy(one) for key, one in outputs.items()},
             {name: to_numpy(taps[name]) for name in order},
             {name: _conjugate(cotangents[name]) for name in reversed(order) if name in cotangents},

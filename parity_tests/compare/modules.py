@@ -20,8 +20,8 @@ from parity_tests.compare.progress import progress
 from parity_tests.compare.report import Coverage, Report, Row
 from parity_tests.compare.rules import Arrangement, Rules, as_rules, layout_of, make_plan, pattern, unstack
 from parity_tests.compare.tolerance import SAFETY, relative_error
-from parity_tests.compare.torch_side import TorchSide, arguments, filled, output_name, rounding_of_float32
-from parity_tests.compare.walk import LOSS, MAIN, Arrays
+from parity_tests.compare.torch_side import TorchSide, arguments, filled, rounding_of_float32
+from parity_tests.compare.walk import LOSS, MAIN, Arrays, is_input, output_name
 
 Losses = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
@@ -434,7 +434,7 @@ class _Comparison:
         ours = self._ours(dtype, truth)
         self.seen["torch"] |= truth.keys()
         self.seen["jax"] |= {name for name in ours if not self._is_ignored(name)}
-        for name in [name for name in ours if ".input" in name and np.shape(ours[name]) != np.shape(truth.get(name))]:
+        for name in [name for name in ours if is_input(name) and np.shape(ours[name]) != np.shape(truth.get(name))]:
             del ours[name]
         common = {name: truth[name] for name in truth if name in ours}
         void = [name for name, true in common.items() if np.isnan(true).any()]
@@ -521,7 +521,7 @@ class _Comparison:
 
         def count(phase: str) -> tuple[int, int]:
             mine, theirs = (
-                {n for n in self.seen[side] if n.startswith(phase + " ") and ".input" not in n}
+                {n for n in self.seen[side] if n.startswith(phase + " ") and not is_input(n)}
                 for side in ("jax", "torch")
             )
             return len(mine & theirs), len(mine | theirs)
@@ -543,7 +543,7 @@ class _Comparison:
         notes = [*self.remarks]
         for side, other in (("torch", "jax"), ("jax", "torch")):
             alone = [n for n in sorted(self.seen[side] - self.seen[other]) if n.startswith("forward ")]
-            alone = [name.removeprefix("forward ") for name in alone if not name.endswith(".input")]
+            alone = [name.removeprefix("forward ") for name in alone if not is_input(name)]
             if alone:
                 notes.append(f"outputs only in {'JAX' if side == 'jax' else 'torch'}, not compared: {', '.join(alone)}")
         if self.jax.unreached:

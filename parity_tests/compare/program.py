@@ -27,8 +27,8 @@ COMPILED_FOR_ONE_RUN = {"xla_backend_optimization_level": 0}
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 """Primitives that give random numbers."""
 
-
 _WIDE = {np.dtype(np.float32): np.dtype(np.float64), np.dtype(np.complex64): np.dtype(np.complex128)}
+
 # Part of the key of JAX's caches: what is traced with taps, or with float32 meaning float64, is traced anew and never
 # handed to anybody else.
 _traced = jax.make_user_context(None)

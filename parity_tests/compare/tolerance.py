@@ -10,6 +10,8 @@ Parker 1997, Higham and Mary 2019), so kappa is measured for the very inputs of 
 thousands of independent roundings and concentrates to a few per cent; SAFETY = 2 covers that and second order.
 """
 
+import math
+
 import numpy as np
 
 SAFETY = 2.0
@@ -33,6 +35,32 @@ def relative_error(value: np.ndarray, truth: np.ndarray) -> float:
     truth = wide(truth)
     norm = np.linalg.norm(truth[np.isfinite(truth)])
     return float(np.linalg.norm(difference(value, truth)) / (norm if norm > 0 else 1.0))
+
+
+def error_and_worst(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
+    """Relative error, infinite for another shape or a value that is not a number; and the worst element in words."""
+    value, truth = wide(value), wide(truth)
+    if value.shape != truth.shape:
+        return math.inf, f"shape {value.shape} instead of {truth.shape}"
+    if not truth.size:
+        return 0.0, "no element"
+    error = relative_error(value, truth)
+    apart = np.abs(difference(value, truth))
+    worst = np.unravel_index(np.argmax(np.nan_to_num(apart, nan=math.inf)), value.shape)
+    place = f"at {tuple(map(int, worst))}: " if worst else ""
+    detail = f"worst {place}{value[worst].item()!r} instead of {truth[worst].item()!r}"
+    return (error if math.isfinite(error) else math.inf), detail
+
+
+def may_turn(moments: np.ndarray, allowance: float) -> np.ndarray:
+    """Where rounding may carry one of Adam's first moments through zero, as a mask.
+
+    Adam's first updates are nearly the signs of the moments, so a draw of noise either turns one around or shows
+    nothing of it. The smallest moments of a tensor that together stay within its allowance may have either sign.
+    """
+    squares = np.sort(moments[moments != 0.0] ** 2)
+    free = np.searchsorted(np.cumsum(squares), (allowance * np.linalg.norm(moments)) ** 2)
+    return (moments != 0.0) & (moments**2 <= (squares[free - 1] if free else -1.0))
 
 
 def check(name: str, value: np.ndarray, truth: np.ndarray, allowance: float) -> float:

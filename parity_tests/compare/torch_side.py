@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from parity_tests.compare.montecarlo import Mode, rounded
 from parity_tests.compare.precision import UNIT_ROUNDOFF
 from parity_tests.compare.program import decimal, is_exact
 from parity_tests.compare.rules import TorchTensor
-from parity_tests.compare.walk import LOSS, Arrays, FunctionTap, Walk, flatten_output, to_numpy
+from parity_tests.compare.walk import LOSS, Arrays, FunctionTap, Run, Walk, flatten_output, to_numpy
 
 _INPUTS = "inputs is a list of its arguments, or a dict of keyword arguments"
 
@@ -150,34 +150,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class TorchRun(NamedTuple):
-    """What one forward and backward pass leaves."""
-
-    outputs: Arrays
-    forward: Arrays
-    backward: Arrays
-    gradients: Arrays
-    inputs: Arrays
-    """Gradients with respect to the inputs."""
-    loss: np.ndarray | None
-
-    def flat(self) -> Arrays:
-        """One dict in execution order: `forward NAME`, `backward NAME`, `gradient NAME`."""
-        found = {f"forward {name}": value for name, value in self.forward.items()}
-        found |= {f"forward {output_name(name)}": value for name, value in self.outputs.items()}
-        if self.loss is not None:
-            found["forward loss"] = self.loss
-        ordered = [name for name in reversed(self.forward) if name in self.backward]
-        found |= {f"backward {name}": self.backward[name] for name in ordered}
-        found |= {f"gradient {name}": value for name, value in reversed(self.gradients.items())}
-        return found | {f"gradient {name}": value for name, value in self.inputs.items()}
-
-
-def output_name(key: str) -> str:
-    """What a report calls an output: `output`, or `output.KEY` of several."""
-    return f"output.{key}" if key else "output"
-
-
 class TorchSide:
     """A module that is never changed, and its inputs."""
 
@@ -292,7 +264,7 @@ class TorchSide:
         noisy: bool = False,
         factors: Mapping[str, np.ndarray] | None = None,
         seed: int | None = None,
-    ) -> TorchRun:
+    ) -> Run:
         """One pass in `dtype`, or in float64 (`wide`), whatever the module names; `noisy` passes what a cast to `dtype`
         rounds to `rounded`; `factors` multiply buffers, and `seed` moves the constants that the code holds. Without an
         objective there is no backward pass.
@@ -351,7 +323,7 @@ class TorchSide:
         # A tied parameter has one gradient, under its first name.
         gradients = {name: to_numpy(one.grad) for name, one in module.named_parameters() if one.grad is not None}
         given = {name: to_numpy(one.grad) for name, one in leaves.items() if is_inexact(one) and one.grad is not None}
-        return TorchRun(
+        return Run(
             {name: to_numpy(one) for name, one in outputs.items() if name != LOSS},
             dict(forward),
             dict(backward),

@@ -29,7 +29,7 @@ from parity_tests.compare.steps import (
     text_of,
     torch_training,
 )
-from parity_tests.compare.tolerance import relative_error, wide
+from parity_tests.compare.tolerance import error_and_worst, may_turn, wide
 
 __all__ = ["SLOTS", "TrainingReport", "TrainingRow", "compare_training", "jax_training", "torch_training"]
 
@@ -435,9 +435,7 @@ def _cancelled(theirs: list[Left], limits: list[dict[Key, float]]) -> None:
 def _free_signs(theirs: list[Left], limits: list[dict[Key, float]]) -> None:
     """Widen the allowances where Adam divides a moment that rounding may send through zero.
 
-    Adam's first updates are nearly the signs of the moments, so a draw of noise either turns one around or shows
-    nothing of it. The smallest moments of a tensor that together stay within the allowance of exp_avg may have either
-    sign: each moves its update by up to twice its size, and the parameter by as much.
+    A moment that `may_turn` moves its update by up to twice its size, and the parameter by as much.
     """
     moved: dict[str, float] = {}
     for left, limit in zip(theirs, limits, strict=True):
@@ -445,10 +443,7 @@ def _free_signs(theirs: list[Left], limits: list[dict[Key, float]]) -> None:
             update, value = left.get(("update", "", name)), left.get(("parameter", "", name))
             if (kind, slot) != ("slot", "exp_avg") or update is None or value is None:
                 continue
-            squares = np.sort(moments[moments != 0.0] ** 2)
-            free = np.searchsorted(np.cumsum(squares), (limit[kind, slot, name] * np.linalg.norm(moments)) ** 2)
-            turned = (moments != 0.0) & (moments**2 <= (squares[free - 1] if free else -1.0))
-            extra = 2.0 * float(np.linalg.norm(update[turned]))
+            extra = 2.0 * float(np.linalg.norm(update[may_turn(moments, limit[kind, slot, name])]))
             moved[name] = moved.get(name, 0.0) + extra
             for key, size in ((("update", "", name), extra), (("parameter", "", name), moved[name])):
                 limit[key] += size / (float(np.linalg.norm(left[key])) or 1.0)
@@ -469,25 +464,11 @@ def _rows(
                 if key[:2] != ("slot", COUNTER):
                     alone["torch"][text_of(key)] = None
                 continue
-            error, detail = _error(mine[key], other[key])
+            error, detail = error_and_worst(mine[key], other[key])
             detail = "" if error <= limit[key] else detail
             rows.append(TrainingRow(step, *key, np.shape(other[key]), error, limit[key], detail))
         alone["jax"] |= dict.fromkeys(text_of(key) for key in mine if key not in other)
     return rows, {side: list(texts) for side, texts in alone.items()}
-
-
-def _error(value: np.ndarray, truth: np.ndarray) -> tuple[float, str]:
-    """Relative error, infinite for another shape or a value that is not a number; and the worst element in words."""
-    value, truth = wide(value), wide(truth)
-    if value.shape != truth.shape:
-        return math.inf, f"shape {value.shape} instead of {truth.shape}"
-    if not truth.size:
-        return 0.0, "no element"
-    error = relative_error(value, truth)
-    worst = np.unravel_index(np.argmax(np.nan_to_num(np.abs(value - truth), nan=math.inf)), value.shape)
-    place = f"at {tuple(map(int, worst))}: " if worst else ""
-    detail = f"worst {place}{value[worst].item()!r} instead of {truth[worst].item()!r}"
-    return (error if math.isfinite(error) else math.inf), detail
 
 
 def _diagnosis(

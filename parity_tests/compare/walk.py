@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -109,6 +110,14 @@ class Walk:
             yield
 
 
+_INPUT = re.compile(r"\.input(#\d+)?$")
+
+
+def is_input(name: str) -> bool:
+    """Whether it is the name of what a module was given; `input_layernorm` is a module's own."""
+    return bool(_INPUT.search(name))
+
+
 LOSS = "the loss"
 """Key of a loss among a model's outputs; no output has this name."""
 
@@ -166,6 +175,34 @@ def flatten_output(out, is_array: Callable[[Any], bool]) -> dict[str, Any]:
         for rest, array in flatten_output(value, is_array).items():
             found[f"{key}.{rest}" if rest else str(key)] = array
     return found
+
+
+class Run(NamedTuple):
+    """What one forward and backward pass of a side leaves, by that side's own names and in its own layout."""
+
+    outputs: Arrays
+    forward: Arrays
+    backward: Arrays
+    gradients: Arrays
+    inputs: Arrays
+    """Gradients with respect to the inputs."""
+    loss: np.ndarray | None
+
+    def flat(self) -> Arrays:
+        """One dict in execution order: `forward NAME`, `backward NAME`, `gradient NAME`."""
+        found = {f"forward {name}": value for name, value in self.forward.items()}
+        found |= {f"forward {output_name(name)}": value for name, value in self.outputs.items()}
+        if self.loss is not None:
+            found["forward loss"] = self.loss
+        ordered = [name for name in reversed(self.forward) if name in self.backward]
+        found |= {f"backward {name}": self.backward[name] for name in ordered}
+        found |= {f"gradient {name}": value for name, value in reversed(self.gradients.items())}
+        return found | {f"gradient {name}": value for name, value in self.inputs.items()}
+
+
+def output_name(key: str) -> str:
+    """What a report calls an output: `output`, or `output.KEY` of several."""
+    return f"output.{key}" if key else "output"
 
 
 def to_numpy(value) -> np.ndarray:
