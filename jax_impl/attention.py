@@ -1,5 +1,6 @@
 """Causal grouped-query attention. The twin is `torch_ref/attention.py`; the letters are those of `model.py`."""
 
+import functools
 import math
 
 import jax
@@ -57,7 +58,7 @@ def attend_block(
     first: int,
     *,
     window: int | None,
-    keep_XGTS: jax.Array | None,
+    decided_XGTS: jax.Array | None,
     rate: float,
 ) -> jax.Array:
     """Attention (X, G, T, H) of queries at positions start ... to keys at positions first ...; scores are (X, Q, S)."""
@@ -68,8 +69,8 @@ def attend_block(
     scores_XQS = product("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)
     scores_XGTS = jnp.where(visible(t, s, window), scores_XQS.reshape(X, G, T, S), -jnp.inf)
     probs_XGTS = jax.nn.softmax(scores_XGTS, axis=-1).astype(dtype)
-    if keep_XGTS is not None:
-        probs_XGTS = random.drop(probs_XGTS, keep_XGTS, rate)
+    if decided_XGTS is not None:
+        probs_XGTS = random.drop(probs_XGTS, decided_XGTS, rate, first)
     return product("xqs,xsh->xqh", probs_XGTS.reshape(X, G * T, S), v_XSH, dtype).reshape(X, G, T, H)
 
 
@@ -84,8 +85,9 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention, S = T, in blocks of queries; query t sees keys s <= t, and s > t - window if set.
 
-    `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index. Scores are computed again in
-    the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never leave the caches.
+    `key` and `rate` drop probabilities; each row and query head has a mask of its own, queries by keys.
+    Scores are computed again in the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never
+    leave the caches.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -93,15 +95,18 @@ def attention(
     # Laid out once, by key head: XLA would transpose b, t, k, g in every block and product.
     q_XGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
     k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, T, H) for x_BSKH in (k_BSKH, v_BSKH))
-    keeps = []
+    decided: list[jax.Array] = []
     if key is not None and rate > 0.0:
-        for block, (start, stop, first) in enumerate(blocks):
-            keep_BKGTS = random.keep_mask(random.fold_in(key, block), (B, K, G, stop - start, stop - first), rate)
-            keeps.append(keep_BKGTS.reshape(B * K, *keep_BKGTS.shape[2:]))
+        head_keys = jax.vmap(random.fold_in, (None, 0))(key, jnp.arange(B * N))
+        for start, stop, first in blocks:
+            of_head = functools.partial(
+                random.decisions, rows=range(start, stop), columns=range(first, stop), rate=rate
+            )
+            decided.append(jax.vmap(of_head)(head_keys).reshape(B * K, G, stop - start, -1))
 
     @jax.checkpoint
     def attend(operands):
-        q_XGTH, k_XSH, v_XSH, keeps = operands
+        q_XGTH, k_XSH, v_XSH, decided = operands
         # In pieces, whose gradients are pieces: that of a slice has zeros around it and would be added as a whole.
         edges = np.arange(QUERY_BLOCK, T, QUERY_BLOCK)
         q_pieces, k_pieces, v_pieces = (
@@ -114,12 +119,12 @@ def attention(
             whole, part = divmod(first, QUERY_BLOCK)
             pieces = (k_pieces[whole : block + 1], v_pieces[whole : block + 1])
             k_seen_XSH, v_seen_XSH = (jnp.concatenate(x, axis=1)[:, part:] for x in pieces)
-            keep_XGTS = keeps[block] if keeps else None
+            decided_XGTS = decided[block] if decided else None
             seen = (q_pieces[block], k_seen_XSH, v_seen_XSH)
-            outputs.append(attend_block(*seen, start, first, window=window, keep_XGTS=keep_XGTS, rate=rate))
+            outputs.append(attend_block(*seen, start, first, window=window, decided_XGTS=decided_XGTS, rate=rate))
         return jnp.concatenate(outputs, axis=2)
 
-    operands = q_XGTH, k_XSH, v_XSH, keeps
+    operands = q_XGTH, k_XSH, v_XSH, decided
     count = chunk_count(B * K, G * min(QUERY_BLOCK, T) * T)
     if count == 1:
         out_XGTH = attend(operands)

@@ -3,11 +3,15 @@
 `torch_ref/random.py` computes the same bits, so dropout masks and sampled tokens are equal in both frameworks.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 
 from jax_impl.products import accumulator
+from recipe.dropout import DECISIONS, kept_share, threshold
 
 # Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
@@ -30,9 +34,26 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(key, shape, jnp.uint32)
 
 
-def keep_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """Boolean mask, True with probability 1 - rate, in integer arithmetic so that no dtype setting changes it."""
-    return bits(key, shape) >= jnp.uint32(round(rate * 2**32))
+def decisions(key: jax.Array, rows: range, columns: range, rate: float) -> jax.Array:
+    """Dropout's decisions of rows and columns (`recipe.dropout`), four to a byte: uint8 (rows, blocks of columns).
+
+    Bit h of a byte is set if column 4 block + h stays. The barrier keeps XLA from making a block again for each column.
+    """
+    blocks = range(columns.start // DECISIONS, -(-columns.stop // DECISIONS))
+    shape = len(rows), len(blocks)
+    x0 = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + jnp.uint32(rows.start)
+    x1 = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(blocks.start)
+    words = threefry2x32_p.bind(*jax.random.key_data(key), x0, x1)
+    halves = [half for word in words for half in (word & jnp.uint32(0xFFFF), word >> 16)]
+    stays = ((half >= jnp.uint32(threshold(rate))).astype(jnp.uint8) << h for h, half in enumerate(halves))
+    return jax.lax.optimization_barrier(functools.reduce(jnp.bitwise_or, stays))
+
+
+def keep_mask(decided: jax.Array, columns: range) -> jax.Array:
+    """Boolean mask (..., columns) from bytes of `decisions` for these columns: True where the element stays."""
+    bits = decided[..., None] >> jnp.arange(DECISIONS, dtype=jnp.uint8) & jnp.uint8(1)
+    first = columns.start % DECISIONS
+    return bits.reshape(*decided.shape[:-1], -1)[..., first : first + len(columns)] == 1
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -49,10 +70,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
     if key is None or rate == 0.0:
         return x
-    return drop(x, keep_mask(fold_in(key, *path), x.shape, rate), rate)
+    columns = x.shape[-1]
+    decided = decisions(fold_in(key, *path), range(x.size // columns), range(columns), rate)
+    return drop(x, decided.reshape(*x.shape[:-1], -1), rate, 0)
 
 
-def drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
-    """x / (1-rate) where `keep` is true, else zero."""
-    scaled = (x.astype(accumulator(x.dtype)) / (1.0 - rate)).astype(x.dtype)
+# The backward pass keeps the bytes of `decisions`, a quarter of what the mask would take.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def drop(x: jax.Array, decided: jax.Array, rate: float, first: int) -> jax.Array:
+    """x / (1-rate) where its columns `first` ... stay, else zero; the rate as `recipe.dropout` rounds it."""
+    keep = keep_mask(decided, range(first, first + x.shape[-1]))
+    scaled = (x.astype(accumulator(x.dtype)) / kept_share(rate)).astype(x.dtype)
     return jnp.where(keep, scaled, jnp.zeros_like(x))

@@ -220,7 +220,7 @@ MUTANTS = (
         EVALUATION,
     ),
     # Dropout and random numbers.
-    Mutant("dropout without 1/(1-rate)", JAX_RANDOM, "/ (1.0 - rate)).astype", "/ 1.0).astype", DROPOUT),
+    Mutant("dropout without 1/(1-rate)", JAX_RANDOM, "/ kept_share(rate)).astype", "/ 1.0).astype", DROPOUT),
     Mutant(
         "one mask for both residual branches",
         MODEL,
@@ -231,18 +231,28 @@ MUTANTS = (
     Mutant(
         "attention's masks laid out for other heads",
         ATTENTION,
-        "keeps.append(keep_BKGTS.reshape",
-        "keeps.append(keep_BKGTS.swapaxes(0, 1).reshape",
+        "decided.append(jax.vmap(of_head)(head_keys)",
+        "decided.append(jax.vmap(of_head)(head_keys[::-1])",
         DROPOUT,
     ),
     Mutant(
         "one mask for all blocks of queries",
         ATTENTION,
-        "random.keep_mask(random.fold_in(key, block), (B, K",
-        "random.keep_mask(random.fold_in(key, 0 * block), (B, K",
+        "rows=range(start, stop), columns",
+        "rows=range(stop - start), columns",
         ATTENTION_CHUNKS,
     ),
-    Mutant("dropped and kept exchanged", "jax_impl.random", "shape) >= jnp", "shape) < jnp", RANDOM),
+    Mutant("dropped and kept exchanged", "jax_impl.random", "half >= jnp", "half < jnp", RANDOM),
+    Mutant(
+        "the halves of a word exchanged",
+        "jax_impl.random",
+        "(word & jnp.uint32(0xFFFF), word >> 16)",
+        "(word >> 16, word & jnp.uint32(0xFFFF))",
+        RANDOM,
+    ),
+    Mutant(
+        "a mask cut at the wrong column", "jax_impl.random", "first = columns.start % DECISIONS", "first = 0", RANDOM
+    ),
     Mutant("a Threefry rotation mistyped", "torch_ref.random", "(13, 15, 26, 6)", "(13, 15, 26, 7)", RANDOM),
     Mutant(
         "the same mask in every micro-batch",

@@ -188,8 +188,8 @@ BOTH = (
     both(
         "all blocks of queries share a mask",
         "attention",
-        "random.fold_in(key, block)",
-        "random.fold_in(key, 0)",
+        "range(start, stop), ",
+        "range(stop - start), ",
         BLOCKS,
     ),
     both(

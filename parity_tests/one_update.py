@@ -55,15 +55,18 @@ def folded(key: tuple[int, int], *words: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=256)  # every forward pass of a gradient asks for the same masks
 def kept(shape: tuple[int, ...], rate: float, key: tuple[int, int]) -> np.ndarray:
-    """Which elements stay: those whose random word, by their index in C order, is at least rate * 2^32."""
-    index = np.arange(math.prod(shape), dtype=np.uint64)
-    high, low = threefry(key, index >> np.uint64(32), index & np.uint64(2**32 - 1))
-    return (high ^ low).reshape(shape) >= round(rate * 2**32)
+    """Which elements stay: those whose 16 random bits are at least the rate's, four of a row from one block."""
+    row, column = np.indices((math.prod(shape[:-1]), shape[-1]))
+    first, second = threefry(key, row, column // 4)
+    chosen = np.where(column % 4 < 2, first, second) >> np.where(column % 2, 16, 0).astype(np.uint64)
+    return (chosen % 65536 >= round(rate * 65536)).reshape(shape)
 
 
 def dropped(x: np.ndarray, rate: float, key: tuple[int, int] | None, *path: int) -> np.ndarray:
-    """x / (1 - rate) where it is kept, else zero (inverted dropout, Srivastava et al., 2014)."""
-    return x if key is None or rate == 0.0 else np.where(kept(x.shape, rate, folded(key, *path)), x / (1.0 - rate), 0.0)
+    """x / (1 - rate) where it is kept, else zero (inverted dropout, Srivastava et al., 2014), for a rate of 16 bits."""
+    if key is None or rate == 0.0:
+        return x
+    return np.where(kept(x.shape, rate, folded(key, *path)), x / (1.0 - round(rate * 65536) / 65536), 0.0)
 
 
 def normed(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
@@ -80,8 +83,8 @@ def turned(x_BTNH: np.ndarray, theta: float) -> np.ndarray:
 
 
 def attended(q_BTNH, k_BTKH, v_BTKH, window: int | None, rate: float, key, layer: int) -> np.ndarray:
-    """Causal grouped-query attention, the window counting the query itself; masks come in blocks of 128 queries, over
-    the keys that any of them sees."""
+    """Causal grouped-query attention, the window counting the query itself; each row and head has a key of its
+    own for the mask over its queries and keys."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     window, q_BTKGH = T if window is None else window, q_BTNH.reshape(B, T, K, N // K, H)
@@ -91,9 +94,8 @@ def attended(q_BTNH, k_BTKH, v_BTKH, window: int | None, rate: float, key, layer
     shifted = scores_BKGTS - np.where(seen_TS, scores_BKGTS.real, -np.inf).max(axis=-1, keepdims=True)
     powers = np.where(seen_TS, np.exp(np.where(seen_TS, shifted, 0.0)), 0.0)
     probs_BKGTS = powers / powers.sum(axis=-1, keepdims=True)
-    for block, start in enumerate(range(0, T, 128)):
-        part = ..., slice(start, start + 128), slice(max(0, start - window + 1), min(start + 128, T))
-        probs_BKGTS[part] = dropped(probs_BKGTS[part], rate, key, layer, PROBABILITIES, block)
+    for number, head in enumerate(np.ndindex(B, K, N // K)):
+        probs_BKGTS[head] = dropped(probs_BKGTS[head], rate, key, layer, PROBABILITIES, number)
     return np.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BTKH).reshape(B, T, N * H)
 
 

@@ -1,10 +1,14 @@
 """Both sides draw the same random bits: jax.random's Threefry, bit for bit."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
+import torch
 
 from jax_impl import random as jax_random
+from recipe.dropout import RESOLUTION, threshold
 from torch_ref import random as torch_random
 
 # The first is a scalar, the last two have more than 2**16 elements.
@@ -58,16 +62,75 @@ def test_bits_do_not_depend_on_x64_or_jit():
             assert (np.asarray(jax.jit(lambda key: jax_random.bits(key, (1000,)))(key)) == bits).all()
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
-def test_keep_masks_are_equal_and_compare_whole_words(rate):
+# Rows and columns of masks; the last two begin elsewhere, within a block and in another one.
+MASKS = [
+    (range(257), range(259)),
+    (range(1), range(1)),
+    (range(3, 70), range(5, 91)),
+    (range(2**20, 2**20 + 3), range(7, 8)),
+]
+
+
+@pytest.mark.parametrize("rate", [2e-5, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("rows", "columns"), MASKS, ids=str)
+def test_keep_masks_are_equal_and_as_defined(rows, columns, rate):
     jax_key, torch_key = keys(1, 2)
-    shape = (257, 259)
-    mask = torch_random.keep_mask(torch_key, shape, rate).numpy()
-    assert mask.dtype == bool
-    assert (np.asarray(jax_random.keep_mask(jax_key, shape, rate)) == mask).all()
-    assert (mask == (torch_random.bits(torch_key, shape).numpy() / 2**32 >= round(rate * 2**32) / 2**32)).all()
-    if rate == 0.0:
-        assert mask.all()
+    mask = torch_random.keep_mask(torch_key, rows, columns, rate).numpy()
+    assert mask.dtype == bool and mask.shape == (len(rows), len(columns))
+    decided = jax.jit(lambda key: jax_random.decisions(key, rows, columns, rate))(jax_key)
+    assert decided.dtype == np.uint8 and decided.shape[1] <= len(columns) // 4 + 2, "four decisions a byte"
+    assert (np.asarray(jax_random.keep_mask(decided, columns)) == mask).all()
+    for r, c in [(0, 0), (-1, -1), (len(rows) // 2, len(columns) // 3)]:
+        words = torch_random.threefry_2x32(torch_key, rows[r], columns[c] // 4)
+        half = (words[0] | words[1] << 32) >> 16 * (columns[c] % 4) & 0xFFFF
+        assert mask[r, c] == (half >= round(rate * 2**16))
+
+
+def test_a_mask_is_cut_anywhere():
+    """A decision belongs to its row and column, whatever part of the mask is asked for."""
+    _, key = keys(4)
+    whole = torch_random.keep_mask(key, range(40), range(50), 0.3)
+    part = torch_random.keep_mask(key, range(11, 30), range(6, 43), 0.3)
+    assert (part == whole[11:30, 6:43]).all()
+    both = torch_random.keep_mask(torch_random.fold_in(key, torch.arange(3)), range(11), range(6), 0.3)
+    for head in range(3):
+        assert (both[head] == torch_random.keep_mask(torch_random.fold_in(key, head), range(11), range(6), 0.3)).all()
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5])
+def test_decisions_are_independent_draws_at_the_rate(rate):
+    """2^22 decisions: their share, pairs of neighbours of every kind, and sums of rows, columns and halves."""
+    _, key = keys(6, 1)
+    R, C = 2048, 2048
+    dropped = (~torch_random.keep_mask(key, range(R), range(C), rate)).numpy().astype(np.float64)
+    p = threshold(rate) / RESOLUTION
+    assert abs(p - rate) <= 0.5 / RESOLUTION
+    # Five standard deviations: 6e-7 a comparison, were the key not fixed.
+    assert abs(dropped.mean() - p) <= 5 * math.sqrt(p * (1 - p) / dropped.size)
+    centred = dropped - p
+    for name, product in {
+        "next column": centred[:, 1:] * centred[:, :-1],
+        "next but one": centred[:, 2:] * centred[:, :-2],
+        "same half of the next block": centred[:, 4:] * centred[:, :-4],
+        "next row": centred[1:] * centred[:-1],
+        "diagonal": centred[1:, 1:] * centred[:-1, :-1],
+    }.items():
+        assert abs(product.mean()) <= 5 * p * (1 - p) / math.sqrt(product.size), name
+    for name, sums, draws in (
+        ("rows", dropped.sum(1), C),
+        ("columns", dropped.sum(0), R),
+        ("blocks", dropped.reshape(R, -1, 4).sum(-1).ravel(), 4),
+    ):
+        variance, fourth = draws * p * (1 - p), draws * p * (1 - p) * (1 + 3 * (draws - 2) * p * (1 - p))
+        spread = math.sqrt((fourth - variance**2) / len(sums))
+        assert abs(((sums - draws * p) ** 2).mean() - variance) <= 5 * spread, name
+
+
+def test_what_stays_is_divided_by_the_probability_with_which_it_stays():
+    _, key = keys(2)
+    for rate in (2e-5, 0.1, 0.3, 0.99999 - 2e-5):
+        values = torch_random.dropout(torch.ones(64, 64, dtype=torch.float64), rate, key).unique().tolist()
+        assert all(value in (0.0, 1.0 / (1.0 - round(rate * 65536) / 65536)) for value in values)
 
 
 def test_uniform_is_equal_bit_for_bit_and_open():

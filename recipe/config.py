@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from recipe.dropout import RESOLUTION, threshold
+
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 PROFILE_AFTER = 3
@@ -184,6 +186,10 @@ class ModelConfig:
         )
         _require_rate(self, "initializer_range", "max_window_layers")
         _require_fraction(self, "dropout")
+        require(
+            self.dropout == 0.0 or 0 < threshold(self.dropout) < RESOLUTION,
+            f"dropout={self.dropout} must be 0 or a rate that 16 bits tell from 0 and 1; choose 0, or at least 2e-5.",
+        )
         for name in ("num_hidden_layers", "num_attention_heads"):
             count = getattr(self, name)
             require(

@@ -85,21 +85,24 @@ def attention(
 ) -> torch.Tensor:
     """Causal grouped-query attention, S = T, in blocks of queries; query t sees keys s <= t, and s > t - window if set.
 
-    `key` and `rate` drop probabilities; the mask of a block is keyed by the block's index.
+    `key` and `rate` drop probabilities; each row and query head has a mask of its own, queries by keys.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     G, blocks = N // K, query_blocks(T, window)
     q_BTKGH, outputs = q_BTNH.reshape(B, T, K, G, H), []
-    for block, (start, stop, first) in enumerate(blocks):
+    head_keys = None
+    if key is not None and rate > 0.0:
+        head_keys = random.fold_in(key, torch.arange(B * N, device=q_BTNH.device))
+    for start, stop, first in blocks:
         queries, S = stop - start, stop - first
         q_XGTH = q_BTKGH[:, start:stop].permute(0, 2, 3, 1, 4).reshape(B * K, G, queries, H)
         k_XSH = k_BSKH[:, first:stop].permute(0, 2, 3, 1).reshape(B * K, H, S).mT
         v_XSH = v_BSKH[:, first:stop].transpose(1, 2).reshape(B * K, S, H)
         keep_XGTS = None
-        if key is not None and rate > 0.0:
-            keep_BKGTS = random.keep_mask(random.fold_in(key, block), (B, K, G, queries, S), rate, q_BTNH.device)
-            keep_XGTS = keep_BKGTS.reshape(B * K, G, queries, S)
+        if head_keys is not None:
+            keep = random.keep_mask(head_keys, range(start, stop), range(first, stop), rate, q_BTNH.device)
+            keep_XGTS = keep.reshape(B * K, G, queries, S)
         out_XGTH = attend_block(q_XGTH, k_XSH, v_XSH, start, first, window=window, keep_XGTS=keep_XGTS, rate=rate)
         outputs.append(out_XGTH.reshape(B, K, G, queries, H).permute(0, 3, 1, 2, 4))
     return torch.cat(outputs, dim=1).reshape(B, T, N, H)

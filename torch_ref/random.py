@@ -2,24 +2,27 @@
 
 The same bits as `jax_impl/random.py`, so dropout masks and sampled tokens are equal in both frameworks. Algorithm:
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the derivation of keys and counters is that
-of `jax.random` in its partitionable mode. 32-bit words live in int64 tensors, which torch has on every device.
+of `jax.random` in its partitionable mode, for dropout that of `recipe/dropout.py`. 32-bit words live in int64 tensors,
+which torch has on every device.
 """
 
 import torch
 
+from recipe.dropout import DECISIONS, kept_share, threshold
 from torch_ref.products import accumulator
 
 # Sites of dropout inside one layer. The embedding and the head count as layer `num_hidden_layers`.
 EMBEDDING, ATTENTION_PROBABILITIES, ATTENTION_RESIDUAL, FFN_HIDDEN, FFN_RESIDUAL, HEAD = range(6)
 
-Key = tuple[int, int]
+Key = tuple[int, int] | tuple[torch.Tensor, torch.Tensor]
+"""Two words; or two int64 tensors of them, as many keys at once, whose shape precedes that of what they make."""
 
 _WORD = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def threefry_2x32(key: Key, x0, x1):
+def threefry_2x32(key: tuple, x0, x1):
     """Twenty rounds of Threefry-2x32 on counter words x0, x1: Python ints or int64 tensors of values below 2**32."""
     k0, k1 = key
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
@@ -40,8 +43,8 @@ def key(seed: int, sample: int = 0) -> Key:
     return sample, seed
 
 
-def fold_in(key: Key, *data: int) -> Key:
-    """A new key for each integer below 2**32 in turn, e.g. `fold_in(key, step, micro_batch)`."""
+def fold_in(key: Key, *data: int | torch.Tensor) -> Key:
+    """A new key for each integer below 2**32 in turn, e.g. `fold_in(key, step, micro_batch)`; tensors make many."""
     for word in data:
         key = threefry_2x32(key, 0, word)
     return key
@@ -54,9 +57,15 @@ def bits(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -
     return (high ^ low).reshape(shape)
 
 
-def keep_mask(key: Key, shape: tuple[int, ...], rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Boolean mask, True with probability 1 - rate, in integer arithmetic so that no dtype setting changes it."""
-    return bits(key, shape, device) >= round(rate * 2**32)
+def keep_mask(key: Key, rows: range, columns: range, rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Boolean mask (..., rows, columns), True where the element stays: the decisions of `recipe.dropout`."""
+    blocks = range(columns.start // DECISIONS, -(-columns.stop // DECISIONS))
+    x0, x1 = (torch.arange(axis.start, axis.stop, dtype=torch.int64, device=device) for axis in (rows, blocks))
+    k0, k1 = (word[..., None, None] if isinstance(word, torch.Tensor) else word for word in key)
+    words = threefry_2x32((k0, k1), x0[:, None], x1[None, :])
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    first = columns.start % DECISIONS
+    return halves.flatten(-2)[..., first : first + len(columns)] >= threshold(rate)
 
 
 def uniform(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -73,10 +82,12 @@ def dropout(x: torch.Tensor, rate: float, key: Key | None, *path: int) -> torch.
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); no key means no dropout."""
     if key is None or rate == 0.0:
         return x
-    return drop(x, keep_mask(fold_in(key, *path), x.shape, rate, x.device), rate)
+    columns = x.shape[-1]
+    keep = keep_mask(fold_in(key, *path), range(x.numel() // columns), range(columns), rate, x.device)
+    return drop(x, keep.reshape(x.shape), rate)
 
 
 def drop(x: torch.Tensor, keep: torch.Tensor, rate: float) -> torch.Tensor:
-    """x / (1-rate) where `keep` is true, else zero."""
-    scaled = (x.to(accumulator(x.dtype)) / (1.0 - rate)).to(x.dtype)
+    """x / (1-rate) where `keep` is true, else zero; the rate as `recipe.dropout` rounds it."""
+    scaled = (x.to(accumulator(x.dtype)) / kept_share(rate)).to(x.dtype)
     return torch.where(keep, scaled, 0.0)
