@@ -23,7 +23,7 @@ from recipe.reading import read_json, short, some, take
 FORMAT = 1
 """Raised when the meaning of the files changes."""
 SLOTS = ("mu", "exp_avg", "exp_avg_sq")
-YOUNGER = ("max_skipped",)
+YOUNGER = ("max_skipped", "deterministic")
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 
 

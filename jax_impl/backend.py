@@ -6,9 +6,13 @@ configuration.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Machine:
     compiler_options: tuple[tuple[str, str], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
+    recomputes_apart: bool
+    """Whether barriers keep what is computed again apart from the forward pass. Without them XLA:CPU keeps values, 11 %
+    more temporaries in the seed's update; XLA's GPU fusions compute again by themselves, and a barrier between two of
+    them is one more pass over memory."""
+    deterministic_options: tuple[tuple[str, str], ...]
+    """Options without which a training step on this machine may give other bits from equal inputs."""
 
 
 CPU = Machine(
@@ -47,6 +57,8 @@ CPU = Machine(
     holds_wide=True,
     cudnn=False,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
+    recomputes_apart=True,
+    deterministic_options=(),
 )
 GPU = Machine(
     platform="gpu",
@@ -56,19 +68,37 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
-    compiler_options=(),
+    # XLA would join gate with up and q with k and v, then copy slices out and concatenate their gradients.
+    compiler_options=(("xla_gpu_dot_merger_threshold_mb", "0"),),
+    recomputes_apart=False,
+    deterministic_options=(("xla_gpu_exclude_nondeterministic_ops", "true"),),
 )
 MACHINES = {"cpu": CPU, "gpu": GPU}
+_NOT_NVIDIA: dict[str, Any] = {"cudnn": False, "compiler_options": (), "deterministic_options": ()}
 
 
 def machine() -> Machine:
     """The record of the device that arrays are on: that of `on_device_of` or `jax.default_device`, else the process's.
 
-    A platform without a record of its own is an accelerator without cuDNN.
+    A platform without a record of its own is an accelerator without what only NVIDIA's have.
     """
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False))
+    return MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, **_NOT_NVIDIA))
+
+
+def recomputed(static_argnums: tuple[int, ...] = ()) -> Callable[[Function], Function]:
+    """Decorator: the function keeps its arguments alone for the backward pass and is computed again there."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args):
+            apart = machine().recomputes_apart
+            return jax.checkpoint(function, prevent_cse=apart, static_argnums=static_argnums)(*args)
+
+        return call
+
+    return decorate
 
 
 @contextlib.contextmanager

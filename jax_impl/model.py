@@ -18,6 +18,7 @@ from flax import nnx
 
 from jax_impl import random
 from jax_impl.attention import attention, attention_in_use, fused_attention
+from jax_impl.backend import recomputed
 from jax_impl.cache import KVCache
 from jax_impl.loss import cross_entropy, token_losses
 from jax_impl.products import accumulator, product
@@ -60,7 +61,7 @@ class Linear(nnx.Module):
 
 # For the backward pass the next two functions keep only what they are given: in between they are float32 and would take
 # twice the memory, which costs more than to compute it again.
-@functools.partial(jax.checkpoint, static_argnums=2)
+@recomputed(static_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 or wider."""
     wide = x.astype(accumulator(x.dtype))
@@ -68,7 +69,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (normed * weight.astype(wide.dtype)).astype(x.dtype)
 
 
-@jax.checkpoint
+@recomputed()
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, silu in float32 or wider."""
     return jax.nn.silu(gate.astype(accumulator(gate.dtype))).astype(gate.dtype) * up

@@ -30,7 +30,8 @@ class ScaleByMuonState(NamedTuple):
 
 def orthogonalize_all(updates: optax.Updates, **newton_schulz) -> optax.Updates:
     """Orthogonalise every (fan_in, fan_out) leaf; on a GPU, leaves that are alike when laid wide share one call."""
-    orthogonalize = functools.partial(orthogonalize_via_newton_schulz, **newton_schulz)
+    rounds_gram = not machine().lays_out_products
+    orthogonalize = functools.partial(orthogonalize_via_newton_schulz, rounds_gram=rounds_gram, **newton_schulz)
     leaves, tree = jax.tree.flatten(updates)
     groups = collections.defaultdict(list)
     for index, update_IO in enumerate(leaves):

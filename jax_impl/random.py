@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
+from jax_impl.backend import recomputed
 from jax_impl.products import accumulator
 from recipe.dropout import DECISIONS, kept_share, threshold
 
@@ -76,7 +77,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax
 
 
 # The backward pass keeps the bytes of `decisions`, a quarter of what the mask would take.
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+@recomputed(static_argnums=(2, 3))
 def drop(x: jax.Array, decided: jax.Array, rate: float, first: int) -> jax.Array:
     """x / (1-rate) where its columns `first` ... stay, else zero; the rate as `recipe.dropout` rounds it."""
     keep = keep_mask(decided, range(first, first + x.shape[-1]))

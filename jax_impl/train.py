@@ -81,7 +81,11 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
     def loss(params, inputs_BT, targets_BT, key):
         return bind(graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(machine().compiler_options))
+    options = machine().compiler_options
+    if config.precision.deterministic:
+        options += machine().deterministic_options
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(options))
     def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
         A = inputs_ABT.shape[0]
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
@@ -163,6 +167,7 @@ class Trainer:
             "device": device.device_kind,
             "jax": jax.__version__,
             "x64": jax.config.jax_enable_x64,
+            "deterministic": config.precision.deterministic or not machine().deterministic_options,
             "attention": attention_in_use(config.precision, config.model.dropout),
             "why_not_fused": why_not_fused(config.precision, config.model.dropout),
             "machine": dataclasses.asdict(machine()),

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 import jax_impl.attention
 import jax_impl.generate
+import jax_impl.train
 import torch_ref.generate
 import torch_ref.train
 from harness import loop
@@ -194,6 +196,30 @@ def test_products_depend_on_their_precision():
     for matmul in ("default", "highest"):
         run = changed(RUN, "precision", dataclasses.replace(FLOAT32, matmul=matmul))
         assert torch_ref.train.Trainer(run, random_weights(run.model)).environment["tf32"] == (matmul == "default")
+
+
+def test_deterministic_is_asked_of_both_frameworks(monkeypatch):
+    # Trainers for a GPU that is not there: one is asked for its options, the other for torch's own switch.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    asked = []
+    monkeypatch.setattr(
+        jax, "jit", lambda function, compiler_options=None, **_: asked.append(compiler_options) or function
+    )
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    weights, seen = random_weights(RUN.model), {}
+    try:
+        for value in (True, False):
+            run = changed(RUN, "precision", dataclasses.replace(FLOAT32, deterministic=value))
+            jax_impl.train.make_train_step(run)
+            torch_ref.train.Trainer(run, weights)
+            seen[value] = (
+                asked[-1].get("xla_gpu_exclude_nondeterministic_ops"),
+                torch.are_deterministic_algorithms_enabled(),
+            )
+        assert seen == {True: ("true", True), False: (None, False)}
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_newton_schulz_runs_in_its_dtype():
@@ -376,6 +402,7 @@ OTHERS = {
     "precision.newton_schulz": "test_newton_schulz_runs_in_its_dtype",
     "precision.matmul": "test_products_depend_on_their_precision",
     "precision.attention": "test_attention_is_fused_where_it_can_be",
+    "precision.deterministic": "test_deterministic_is_asked_of_both_frameworks",
 }
 
 

@@ -347,6 +347,9 @@ class PrecisionConfig:
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: a third more work in the
     blocks for less memory. XLA's CPU backend undoes most of it (docs/performance.md)."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; a GPU's fastest, such as cuDNN's backward pass, add in no fixed
+    order. A CPU's always do."""
 
     def __post_init__(self) -> None:
         check_types(self, "precision.")

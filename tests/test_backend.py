@@ -33,7 +33,9 @@ def test_each_platform_has_its_record(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert backend.machine() == backend.GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert backend.machine() == dataclasses.replace(backend.GPU, platform="tpu", cudnn=False)
+    assert backend.machine() == dataclasses.replace(
+        backend.GPU, platform="tpu", cudnn=False, compiler_options=(), deterministic_options=()
+    ), "no option of XLA's GPU compiler"
 
 
 def test_the_record_is_that_of_the_arrays_device(monkeypatch):

@@ -5,6 +5,7 @@ Twin: `jax_impl/train.py`.
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,9 @@ class Trainer:
     def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
         torch.backends.cuda.matmul.allow_tf32 = config.precision.matmul == "default"
+        if config.precision.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(config.precision.deterministic)
         self.state = init_state(config, weights, self.device)
         self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
         self.environment = {
@@ -123,6 +127,7 @@ class Trainer:
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "torch": torch.__version__,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "deterministic": config.precision.deterministic or self.device == "cpu",
             "attention": attention_in_use(config.precision, config.model.dropout),
             "why_not_fused": why_not_fused(config.precision, config.model.dropout),
         }
