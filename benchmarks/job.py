@@ -44,6 +44,9 @@ FLOP_FORMULA = (
     "Newton-Schulz steps * sum over matrices n x m, n <= m, of (4 n^2 m + 2 n^3); a multiply-add counts 2"
 )
 
+ROUNDS_THE_LOSS = "-lce"
+"""How the modes end whose loss is torch's linear_cross_entropy, which rounds it to the compute dtype."""
+
 PARTS = {
     "optimizer": "clip, Muon and AdamW",
     "newton_schulz": "Newton-Schulz within it",
@@ -152,20 +155,24 @@ def rounding_error(config: RunConfig) -> float:
     return math.sqrt(model.num_hidden_layers * block + 2 * stored + model.hidden_size * added)
 
 
-def first_update_allowances(config: RunConfig) -> dict[str, float]:
+def first_update_allowances(
+    config: RunConfig, firsts: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, float]:
     """How far two correct sides may differ: the first loss, absolute in nats, and its gradient's norm, relative.
 
     Loss: its derivatives by a token's logits sum to at most 2 in size, the logits of fresh weights have deviation
     sqrt(D) * initializer_range, and the float32 sums over V and over the tokens add their own part; no credit is
     taken for averaging over tokens. Gradient: three products for each of the forward pass, and the norm's own sum of
     P squares in float32, whose k-th partial sum is k/P of the whole: u sqrt(P/3), halved by the root. Twice, for two
-    sides.
+    sides. `firsts` are the first updates by mode: a loss that a mode rounds may be off by its unit roundoff more.
     """
     model, error, unit = config.model, rounding_error(config), UNIT_ROUNDOFF["float32"]
     logits = math.sqrt(model.hidden_size) * model.initializer_range
     sums = math.sqrt(model.vocab_size) + math.sqrt(config.tokens_per_step) * math.log(model.vocab_size)
     norm = math.sqrt(3) * error + unit * math.sqrt(param_counts(model).total / 3) / 2
-    return {"loss": 2 * (2 * logits * error + unit * sums), "grad_norm": 2 * norm}
+    rounded = [first["loss"] for mode, first in (firsts or {}).items() if mode.endswith(ROUNDS_THE_LOSS)]
+    loss = 2 * (2 * logits * error + unit * sums) + UNIT_ROUNDOFF[config.precision.compute] * max(rounded, default=0.0)
+    return {"loss": loss, "grad_norm": 2 * norm}
 
 
 def check_first_updates(config: RunConfig, firsts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -173,7 +180,7 @@ def check_first_updates(config: RunConfig, firsts: Mapping[str, Mapping[str, flo
     losses, norms = (np.array([first[key] for first in firsts.values()]) for key in ("loss", "grad_norm"))
     # NumPy's extremes hand a nan on, Python's may lose it.
     differences = {"loss": float(losses.max() - losses.min()), "grad_norm": float(norms.max() / norms.min() - 1)}
-    for key, allowed in first_update_allowances(config).items():
+    for key, allowed in first_update_allowances(config, firsts).items():
         values = ", ".join(f"{first[key]:.9g} in {mode}" for mode, first in firsts.items())
         require(
             bool(differences[key] <= allowed),  # false for nan

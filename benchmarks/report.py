@@ -24,6 +24,8 @@ COLOURS = {
     "torch-eager": "#e69f00",
     "torch-compile": "#d55e00",
     "torch-compile-max": "#cc79a7",
+    "torch-eager-lce": "#f0e442",
+    "torch-compile-lce": "#999933",
     "hf": "#7f7f7f",
     "seed": "#009e73",
 }

@@ -28,6 +28,8 @@ MODES = {
     "torch-eager": "benchmarks.worker_torch",
     "torch-compile": "benchmarks.worker_torch",
     "torch-compile-max": "benchmarks.worker_torch",
+    "torch-eager-lce": "benchmarks.worker_torch",
+    "torch-compile-lce": "benchmarks.worker_torch",
     "hf": "benchmarks.worker_torch",
     "seed": "benchmarks.worker_torch",
 }
@@ -82,8 +84,9 @@ class ThroughputConfig:
     dropout: float = 0.0
     """Dropout rate; hf has none, and with it no side uses its fused attention."""
     modes: str = "jax,torch-eager"
-    """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only), hf (its Qwen3),
-    seed (the seed notebook's path)."""
+    """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only),
+    torch-eager-lce and torch-compile-lce (torch's linear_cross_entropy in chunks), hf (its Qwen3), seed (the seed
+    notebook's path)."""
     rounds: int = 5
     """Measured rounds; every mode is timed once in each."""
     warmup: int = 2
@@ -467,6 +470,7 @@ class _Benchmark:
         require(not skipped, f"updates were skipped as not finite: {skipped}; times of left-out work mean nothing.")
         ceiling = max(one.ceiling for one in measured.values())
         flops, part_flops = job.flops_per_update(config), job.part_flops(config)
+        firsts = {mode: one.first for mode, one in measured.items()}
         common = report.circumstances("benchmarks.throughput") | {
             "cores": len(self.cpus),
             "gpu_before": self.gpu_before,
@@ -480,8 +484,8 @@ class _Benchmark:
             "flops_per_update": flops,
             "tokens_per_update": config.tokens_per_step,
             "ceiling_flops_per_second": ceiling,
-            "first_update_differences": job.check_first_updates(config, {m: one.first for m, one in measured.items()}),
-            "first_update_allowances": job.first_update_allowances(config),
+            "first_update_differences": job.check_first_updates(config, firsts),
+            "first_update_allowances": job.first_update_allowances(config, firsts),
             "failed": self.failed,
         }
         baseline = BASELINE if BASELINE in measured else next(iter(measured))

@@ -1,6 +1,7 @@
 """The torch side of a benchmark: `torch_ref` eager or compiled, transformers' model, or the seed notebook's path.
 
-Started by `benchmarks.throughput`. The mode is torch-eager, torch-compile, torch-compile-max, hf or seed.
+Started by `benchmarks.throughput`. The mode is torch-eager, torch-compile, torch-compile-max, either of the
+first two with -lce behind it, hf or seed.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import notebook
+from benchmarks import job, notebook
 from benchmarks.job import WorkContract
 from benchmarks.worker import Part, serve
 from harness.hf_config import to_hf_config
@@ -30,6 +31,11 @@ from torch_ref.train import Trainer, make_schedule
 from torch_ref.weights import from_hf
 
 
+def linear_cross_entropy(x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    """`torch_ref.loss.cross_entropy` by torch's own in chunks; the loss comes rounded to x's dtype."""
+    return F.linear_cross_entropy(x_MD, head_VD.to(x_MD.dtype), targets_M, options=torch.nn.LinearCrossEntropyOptions())
+
+
 class TorchSide:
     """`torch_ref.train.Trainer` behind the face of `benchmarks.worker.Side`."""
 
@@ -40,6 +46,15 @@ class TorchSide:
         self.environment = self.trainer.environment
         self.fused = config.precision.attention == "fused" and not config.model.dropout
         self.hidden_dtype = getattr(torch, config.precision.compute)
+        self.cross_entropy = reference_loss.cross_entropy
+        if mode.endswith(job.ROUNDS_THE_LOSS):
+            require(
+                hasattr(torch.nn, "LinearCrossEntropyOptions"),
+                f"mode {mode} needs torch's linear_cross_entropy in chunks, which torch {torch.__version__} lacks; "
+                "install torch 2.13 or drop the mode.",
+            )
+            # This process runs no other mode, so the model may be given torch's function for its own.
+            self.cross_entropy = reference_model.cross_entropy = linear_cross_entropy
         self.model.loss = self.compiled(self.model.loss)
         if mode.startswith("torch-compile"):
             # This process runs no other mode, so Muon may be given the compiled function for its own; the notebook
@@ -74,7 +89,9 @@ class TorchSide:
             attention="SDPA" if self.fused else f"blocks of {reference_attention.QUERY_BLOCK} queries",
             dropout=dropout_of(config.model.dropout),
             threads=NOT_THERE if on_gpu else str(torch.get_num_threads()),
-            loss=f"all logits, stored in {precision.compute}",
+            loss=f"torch's, in chunks, returned in {precision.compute}"
+            if self.cross_entropy is linear_cross_entropy
+            else f"all logits, stored in {precision.compute}",
         )
         return {"contract": contract, "environment": self.environment}
 
@@ -160,9 +177,6 @@ class TorchSide:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
-
-    def cross_entropy(self, x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
-        return reference_loss.cross_entropy(x_MD, head_VD, targets_M)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, *, window: int | None) -> torch.Tensor:
         if self.fused:

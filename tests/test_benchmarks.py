@@ -155,6 +155,19 @@ def test_first_updates_agree_up_to_the_allowance_and_no_further(key, dtype):
             job.check_first_updates(config, {"jax": first, "hf": first | {key: wrong}})
 
 
+def test_a_loss_that_torch_rounds_may_be_off_by_its_rounding_and_no_further():
+    config, first = resolve(compute="bfloat16"), {"loss": 4.0, "grad_norm": 1.0}
+    allowed = job.first_update_allowances(config)["loss"]
+    off = first | {"loss": 4.0 + allowed + 4.0 * 2.0**-10}
+    job.check_first_updates(config, {"jax": first, "torch-eager-lce": off})
+    for firsts in (
+        {"jax": first, "hf": off},
+        {"jax": first, "torch-eager-lce": off | {"loss": off["loss"] + 4.0 * 2.0**-8}},
+    ):
+        with pytest.raises(ValueError, match="first update's loss is"):
+            job.check_first_updates(config, firsts)
+
+
 def test_the_allowance_scales_with_the_round_off():
     wide, narrow = (job.rounding_error(resolve(compute=dtype)) for dtype in ("float32", "bfloat16"))
     # In bfloat16 the 16 stored values of one block and the head are all that counts: u sqrt(16).
