@@ -177,7 +177,7 @@ def estimates(jaxpr) -> dict[tuple, Estimate]:
     found = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call" and (cost := equation.params.get("cost_estimate")) is not None:
-            name = equation.params["name_and_src_info"].name
+            name = equation.params["name"]
             results = tuple(tuple(x.aval.shape) for x in equation.outvars)
             found[name, results] = Estimate(name, results, float(cost.flops), float(cost.bytes_accessed))
         for inner in _inner(equation):

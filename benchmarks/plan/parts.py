@@ -1,4 +1,4 @@
-"""To which part of an update a launch belongs, what a kernel that is no product computes, and how long it takes on paper.
+"""To which part of an update a launch belongs, what a kernel that is no product computes, and what it takes on paper.
 
 A launch carries the lines of source that made it, so a part is a file or a function of `jax_impl`. Where XLA fused two
 parts, the last operation's line counts; the sum over the parts is exact, the borders between them are not.

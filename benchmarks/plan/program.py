@@ -1,7 +1,7 @@
 """Optimized HLO text as the launches of one update: how often each runs, what it reads, writes and multiplies.
 
-Standard library alone. The text is what `compiled.as_text()` gives: one line per instruction, one block per computation,
-and before them tables that name the source line of each. docs/plan.md says how bytes are counted.
+Standard library alone. The text is what `compiled.as_text()` gives: a line for an instruction, a block for a
+computation, and before them tables that name the source line of each. docs/plan.md says how bytes are counted.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ class Product(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A `while`, its trips (0 if only the device knows them), how often it starts, and what it hands from trip to trip."""
+    """A `while`: its trips (0 if only the device knows them), how often it starts, what it hands from trip to trip."""
 
     name: str
     op_name: str
@@ -170,7 +170,9 @@ class Launch:
         """The name of a kernel written by hand (Pallas's `name=`), or nothing."""
         if "triton" not in self.instruction.target and "mosaic" not in self.instruction.target:
             return ""
-        return self.instruction.attribute(r'\bname ?[=:] ?\\?"([^"\\]+)') or "unnamed"
+        # JAX's older calls hold an opaque configuration, but their path has the name.
+        path = re.search(r"(\w+)\)*/pallas_call$", self.instruction.op_name)
+        return self.instruction.attribute(r'\bname ?= ?"([^"]+)"') or (path.group(1) if path else "unnamed")
 
 
 class Program:
@@ -221,7 +223,7 @@ class Program:
         inside = list(self._inside(i.called)) if i.op == "fusion" else [(where, i)]
         products, words, frames = [], 0, self._frames_of(i)
         for name, inner in inside:
-            if inner.op in ("dot", "convolution") or "cublas" in inner.target or "onednn$matmul" in inner.target:
+            if inner.op in ("dot", "convolution") or "cublas" in inner.target:
                 products.append(_product(inner, self._tables[name]))
                 frames = self._frames_of(inner) or frames
             elif inner.op == "shift-left" and inner.results:
@@ -316,10 +318,7 @@ def _product(i: Instruction, table: dict[str, Instruction]) -> Product:
     summed = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or i.attribute(
         r'"lhs_contracting_dimensions":\[([^\]]*)\]'
     )
-    if summed:
-        depth = math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", summed))
-    else:
-        depth = left.dims[-1]  # oneDNN's: rows times the last axis
+    depth = math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", summed))
     return Product(left, right, result, 2 * result.elements * depth)
 
 
@@ -386,7 +385,7 @@ def _source_frames(text: str) -> dict[int, tuple[Frame, ...]]:
     frames = {
         key: (int(_value(row, "file_location_id")), int(_value(row, "parent_frame_id"))) for key, row in rows.items()
     }
-    # XLA writes a parent's number plus one, so that 1 is nobody (jaxlib 0.10); a frame that were its own parent shows it.
+    # jaxlib 0.10 writes a parent's number plus one, so that 1 is nobody; the first frame, its own parent, shows it.
     shift = int(any(parent == key for key, (_, parent) in frames.items()))
 
     @functools.cache
