@@ -23,6 +23,7 @@ from harness.cli import run
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = get_preset("tiny").model
 CUBLAS = (
     'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"alpha_real":1,"beta":%s,'
     '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
@@ -178,7 +179,7 @@ def test_of_a_branch_the_costlier_way_counts():
 def test_a_collective_sends_the_larger_of_what_goes_in_and_out(line, kind, payload):
     finish = "\n  ROOT %z = f32[8]{0} all-reduce-done(%y)"
     (launch,) = module("  %x = f32[8]{0} parameter(0)\n  " + line + finish).launches
-    assert (launch.collective, launch.payload, parts.part(launch)) == (kind, payload, parts.COLLECTIVES)
+    assert (launch.collective, launch.payload, parts.part(launch, TINY)) == (kind, payload, parts.COLLECTIVES)
 
 
 HEAD = """
@@ -207,7 +208,7 @@ def test_a_launch_knows_the_source_that_made_it(head):
     )
     (launch,) = module(entry, head=head).launches
     assert launch.frames == (Frame("loss", "_chunks"), Frame("model", "Qwen3ForCausalLM.loss"))
-    assert parts.part(launch) == parts.HEAD
+    assert parts.part(launch, TINY) == parts.HEAD
 
 
 def test_a_text_without_an_entry_is_refused():
@@ -232,7 +233,16 @@ def test_a_text_without_an_entry_is_refused():
 def test_the_innermost_known_frame_names_the_part(frames, expected):
     launch = single("  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[8]{0} negate(%x)")
     known = tuple(Frame(*frame.split(".", 1)) for frame in frames)
-    assert parts.part(dataclasses.replace(launch, frames=known)) == expected
+    assert parts.part(dataclasses.replace(launch, frames=known), TINY) == expected
+
+
+def test_a_product_without_a_source_line_is_told_by_its_shape():
+    V, D = TINY.vocab_size, TINY.hidden_size
+    line = "  %x = bf16[9,A]{1,0} parameter(0)\n  ROOT %y = f32[A,B]{1,0} dot(%x, %z), lhs_contracting_dims={0}"
+    line = "  %z = bf16[9,B]{1,0} parameter(1)\n" + line
+    for rows, expected in ((V, parts.HEAD), (3 * D, parts.LINEAR)):
+        launch = single(line.replace("A", str(rows)).replace("B", str(D)))
+        assert parts.part(launch, TINY) == expected
 
 
 PALLAS = (
@@ -247,11 +257,11 @@ def test_a_kernel_written_by_hand_has_the_work_it_states(monkeypatch):
     assert (launch.kernel, launch.bytes) == ("my_kernel", 30 + 42)
     opaque = PALLAS.replace("__gpu$xla.gpu.triton", "triton_kernel_call").replace(', name = "my_kernel"', "")
     assert single(opaque).kernel == "my_path"
-    assert parts.work(launch) is None, "nobody states it"
+    assert parts.work(launch, TINY) is None, "nobody states it"
     stated = {("my_kernel", ((3, 7),)): Estimate("my_kernel", ((3, 7),), 210.0, 72.0)}
-    assert parts.work(launch, stated) == Work(210.0)
+    assert parts.work(launch, TINY, stated) == Work(210.0)
     monkeypatch.setitem(parts.KERNELS, "my_k", lambda launch: Work(1.0, words=launch.bytes))
-    assert parts.work(launch, stated) == Work(1.0, "products", 72), "a formula goes before an estimate"
+    assert parts.work(launch, TINY, stated) == Work(1.0, "products", 72), "a formula goes before an estimate"
 
 
 def test_a_pallas_kernels_estimate_is_read_from_the_traced_program():
@@ -275,11 +285,11 @@ def test_cudnns_attention_counts_the_visible_scores():
         '"sliding_window_length":WINDOW}}'
     )
     entry = "  %x = bf16[2,4,6,8]{3,2,1,0} parameter(0)\n" + call
-    forward = parts.work(single(entry.replace("WINDOW", "0")))
+    forward = parts.work(single(entry.replace("WINDOW", "0")), TINY)
     assert forward == Work(2 * 2 * 2 * 4 * 8 * (1 + 2 + 3 + 4 + 5 + 6), "attention_forward")
-    windowed = parts.work(single(entry.replace("WINDOW", "2")))
+    windowed = parts.work(single(entry.replace("WINDOW", "2")), TINY)
     assert windowed.flops == 2 * 2 * 2 * 4 * 8 * (1 + 2 + 2 + 2 + 2 + 2)
-    backward = parts.work(single(entry.replace("Softmax", "SoftmaxBackward").replace("WINDOW", "0")))
+    backward = parts.work(single(entry.replace("Softmax", "SoftmaxBackward").replace("WINDOW", "0")), TINY)
     assert backward == Work(2.5 * forward.flops, "attention_backward")
 
 

@@ -18,7 +18,7 @@ from benchmarks.plan.report import expected_product_flops
 from benchmarks.plan.targets import H100
 from recipe.config import UserError, from_dict
 from recipe.params import param_specs
-from tests.planted_programs import PLANTED
+from tests.planted_programs import PLANTED, SIDE
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("plan-h100-*.json"))
@@ -84,6 +84,8 @@ def planted() -> dict[str, dict]:
         ("all logits at once", {"no [B,T,V]"}),
         ("Newton-Schulz one by one", {"Newton-Schulz in stacks"}),
         ("nothing donated", {"state in place"}),
+        ("nothing, with a kernel", set()),
+        ("a kernel that spills", {"no spills"}),
         ("the branches of a CPU", {"fused attention", "Newton-Schulz in stacks"}),
     ],
 )
@@ -95,12 +97,16 @@ def test_every_planted_program_is_judged():
     assert set(planted()) == set(PLANTED)
 
 
-def test_a_kernel_that_spills_or_was_not_found_is_noticed():
-    plan = planted()["nothing"]
-    for code in ([], [{"kernel": "flash", "registers": 255, "spilled": 8}]):
-        assert broken_promises(plan | {"kernels": [{"name": "flash", "code": code}]}) == {"no spills"}
-    code = [{"kernel": "flash", "registers": 255, "spilled": 0}]
-    assert broken_promises(plan | {"kernels": [{"name": "flash", "code": code}]}) == set()
+def test_a_kernel_written_by_hand_is_found_in_the_program_and_in_the_machine_code():
+    plan = planted()["nothing, with a kernel"]
+    (kernel,) = plan["kernels"]
+    size = 4 * SIDE * SIDE
+    assert (kernel["name"], kernel["launches"], kernel["bytes"]) == ("centre", 1, 2 * size)
+    assert (kernel["flops_known"], kernel["flops"]) == (True, 2 * SIDE * SIDE)
+    (code,) = kernel["code"]
+    assert (code["kernel"], code["threads"], code["grid"]) == ("centre", 8 * 32, [1, 1, 1])
+    assert SIDE * SIDE // code["threads"] <= code["registers"] <= 255
+    assert broken_promises(plan | {"kernels": [kernel | {"code": []}]}) == {"no spills"}, "not found is not sound"
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)

@@ -5,6 +5,7 @@ parts, the last operation's line counts; the sum over the parts is exact, the bo
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -35,22 +36,29 @@ RULES = {
 _RULES = {name: re.compile(rule) for name, rule in RULES.items()}
 
 
-def part(launch: Launch, weights: frozenset[tuple[int, ...]] = frozenset()) -> str:
-    """The part of an update that a launch belongs to; `weights` holds the dimensions of the model's matrices."""
+def part(launch: Launch, model: ModelConfig) -> str:
+    """The part of an update that a launch belongs to.
+
+    XLA drops the line of a product that it adds to a sum in place; then its shape tells.
+    """
     if launch.collective:
         return COLLECTIVES
     if launch.words:
         return MASKS
     found = next((name for frame in launch.frames for name, rule in _RULES.items() if rule.match(str(frame))), None)
+    if found is None and launch.products:
+        sides = {side for product in launch.products for shape in product[:3] for side in shape.dims}
+        return HEAD if model.vocab_size in sides else LINEAR
     if found is None:
         return SUMS if launch.loops else OPTIMIZER
     if found == LINEAR and not launch.products:
-        made = launch.instruction.data
+        made, weights = launch.instruction.data, matrices(model)
         if made and all(shape.dtype in ("bf16", "f16") and shape.dims in weights for shape in made):
             return WEIGHTS
     return found
 
 
+@functools.cache
 def matrices(model: ModelConfig) -> frozenset[tuple[int, ...]]:
     """Dimensions of the model's matrices, in either order."""
     shapes = {spec.shape for spec in param_specs(model).values() if spec.role == "matrix"}
@@ -106,7 +114,7 @@ class Estimate:
     bytes: float
 
 
-def work(launch: Launch, estimates: Mapping[tuple, Estimate] | None = None) -> Work | None:
+def work(launch: Launch, model: ModelConfig, estimates: Mapping[tuple, Estimate] | None = None) -> Work | None:
     """The work of a launch: its products, a formula of `KERNELS`, or an estimate; None if a kernel has none of them."""
     called = launch.kernel or launch.instruction.target
     for pattern, formula in KERNELS.items():
@@ -118,7 +126,7 @@ def work(launch: Launch, estimates: Mapping[tuple, Estimate] | None = None) -> W
         if estimate is None:
             return None
         backward = "transpose(" in launch.instruction.op_name
-        return Work(estimate.flops, f"attention_{_way(backward)}" if part(launch) == ATTENTION else "products")
+        return Work(estimate.flops, f"attention_{_way(backward)}" if part(launch, model) == ATTENTION else "products")
     wide = any("f32" in (product.left.dtype, product.right.dtype) for product in launch.products)
     return Work(launch.flops, "wide_products" if wide else "products", launch.words)
 
@@ -144,9 +152,9 @@ def costs(program: Program, config: RunConfig, rates: Rates | None, estimates=No
     A launch takes as long as the slowest of its products, its bytes, its random words and the smallest launch; launches
     follow one another. A collective takes its bytes over the links, an all-reduce twice.
     """
-    weights, found = matrices(config.model), []
+    found = []
     for launch in program.launches:
-        done = work(launch, estimates)
+        done = work(launch, config.model, estimates)
         flops, rate, words = done or Work(0.0)
         alone, seconds = (0.0, 0.0, 0.0), 0.0
         if rates is not None:
@@ -155,5 +163,5 @@ def costs(program: Program, config: RunConfig, rates: Rates | None, estimates=No
             seconds = max(*alone, rates.least)
             if launch.collective:
                 seconds = max(seconds, launch.payload * (1 + (launch.collective == "all-reduce")) / rates.links)
-        found.append(Cost(launch, part(launch, weights), flops, words, seconds, alone, done is not None))
+        found.append(Cost(launch, part(launch, config.model), flops, words, seconds, alone, done is not None))
     return found
