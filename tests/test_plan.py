@@ -68,6 +68,28 @@ def test_a_product_counts_two_for_every_multiply_add():
     assert launch.bytes == 2 * 6 * 15 + 2 * 6 * 35 + 4 * 6 * 21
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "result", "how", "depth"),
+    [
+        ("8,5", "5,7", "8,7", "dim_labels=bf_io->bf", 5),
+        ("3,6,5", "3,5,7", "3,6,7", "window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf", 5),
+        ("2,6,5", "2,5,7", "2,6,7", "window={size=2 lhs_dilate=2}, dim_labels=0bf_0io->0bf", 5),
+        ("4,6,5", "4,7,5", "4,6,7", "window={size=4 stride=4 pad=3_3 lhs_dilate=3 rhs_reversal=1}, "
+         "dim_labels=0bf_0oi->0bf", 5),
+        ("4,6,5", "4,5,7", "6,7,1", "window={size=4}, dim_labels=0bf_0io->bf0", 4 * 5),
+        ("3,4,1,5", "1,6,2,5", "3,4,6,2", "window={size=1x6 pad=0_0x5_5 rhs_reversal=0x1}, "
+         "dim_labels=0b1f_01oi->0b1f", 5),
+    ],
+    ids=["plain", "a batch", "a batch of two", "a batch, reversed", "summed over two axes", "two axes of results"],
+)  # fmt: skip
+def test_a_convolution_counts_the_product_that_it_was_made_of(left, right, result, how, depth):
+    launch = single(
+        f"  %x = bf16[{left}] parameter(0)\n  %y = bf16[{right}] parameter(1)\n"
+        f"  ROOT %z = f32[{result}] convolution(%x, %y), {how}"
+    )
+    assert launch.flops == 2 * launch.products[0].result.elements * depth
+
+
 def test_a_cublas_call_reads_the_sum_it_adds_to_and_its_workspace_is_no_data():
     inputs = "  %x = bf16[3,5]{1,0} parameter(0)\n  %y = bf16[5,7]{1,0} parameter(1)\n"
     plain = single(f"{inputs}  ROOT %z = (f32[3,7]{{1,0}}, s8[33554432]{{0}}) custom-call(%x, %y), {CUBLAS % 0}")
@@ -153,8 +175,17 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert sorted((launch.times, len(launch.loops)) for launch in program.launches) == [(4, 1), (20, 2)]
     assert [(found.trips, found.starts) for found in program.loops] == [(4, 1), (5, 4)]
     assert program.loops[0].carried == (Shape("s32", ()), Shape("f32", (8,)))
-    unknown = module("  %t = (s32[], f32[8]{0}) parameter(0)\n" + loop(0, "inner"), inner)
+    alone = "  %t = (s32[], f32[8]{0}) parameter(0)\n" + loop(0, "inner")
+    unknown = module(alone, inner)
     assert (unknown.loops[0].trips, unknown.launches[0].times) == (0, 1)
+    condition = """%cond (t: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(7)
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}"""
+    assert module(alone, inner, condition).launches[0].times == 7
+    assert module(alone, inner, condition.replace("LT", "NE")).launches[0].times == 1
 
 
 def test_of_a_branch_the_costlier_way_counts():

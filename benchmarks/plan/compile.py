@@ -54,12 +54,12 @@ def as_if_on(backend: str) -> Iterator[None]:
 
 def abstract_arguments(config: RunConfig, mesh: Mesh | None = None) -> tuple[TrainState, Any, Any]:
     """State, inputs and targets of a training step as shapes; on a mesh the state everywhere, the rows of B divided."""
-    params = {}
+    params: Any = {}
     for name, spec in param_specs(config.model).items():
         path = flax_path(name, spec.role)
         shape = spec.shape[::-1] if path.endswith(".kernel") else spec.shape
         params[path] = jax.ShapeDtypeStruct(shape, jnp.dtype(config.precision.params))
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(params, jax.eval_shape(make_optimizer(config).init, params), count, count)
     tokens = jax.ShapeDtypeStruct((config.accumulation, config.batch_size, config.sequence_length), jnp.int32)
     if mesh is None:
@@ -95,8 +95,12 @@ def device_mesh(target: Target, devices: int) -> Mesh:
         )
         return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
     name = target.topology(devices)
-    described = {"target_config": target.description, "topology": name} if target.description else {}
-    topology = topologies.get_topology_desc("" if described else name, target.platform, **described)
+    if target.platform == "cuda":
+        how: dict[str, Any] = {"target_config": target.description, "topology": name}
+        topology = topologies.get_topology_desc("", target.platform, **how)
+    else:
+        how = {"chips_per_host_bounds": (1, 1, 1)} if devices == 1 else {}  # libtpu takes 2 x 2 chips for a host
+        topology = topologies.get_topology_desc(name, target.platform, **how)
     return topologies.make_mesh(topology, (devices,), (AXIS,))
 
 

@@ -29,8 +29,9 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 LIBRARIES = ("cublas", "cudnn")
 """In the targets of calls whose one-dimensional byte results are workspace, not data."""
-ROUNDS = 20
-"""Threefry-2x32 rotates once a round, by one shift left and one right, and makes a word of each block here."""
+ROUNDS, GROUP = 20, 4
+"""Threefry-2x32 rotates once a round, by a shift left and one right, and gives one word a block here; a kernel with
+fewer shifts than a group of rounds has them for something else."""
 
 _SHAPE = re.compile(r"\b(" + "|".join(SIZES) + r")\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{\s*$")
@@ -204,7 +205,7 @@ class Program:
             if i.op in FREE or i.op.endswith(("-done", "-update")):
                 continue
             if i.op == "while":
-                trips = int(i.attribute(r'known_trip_count\\?"?: ?\{\\?"n\\?": ?\\?"(\d+)') or 0)
+                trips = self._trips(i)
                 self.loops.append(Loop(i.name, i.op_name, trips, times, i.results))
                 yield from self._walk(i.attribute(r"body=%?([\w.\-]+)"), times * max(trips, 1), (*loops, i.name))
             elif i.op in ("call", "async-start") and i.called in self._computations:
@@ -218,16 +219,27 @@ class Program:
             else:
                 yield self._launch(name, i, times, loops)
 
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: XLA says so, or, of JAX's loops that count from 0, the number they compare with."""
+        if known := loop.attribute(r'known_trip_count\\?"?: ?\{\\?"n\\?": ?\\?"(\d+)'):
+            return int(known)
+        table = self._tables.get(loop.attribute(r"condition=%?([\w.\-]+)"), {})
+        root = next((i for i in table.values() if i.root), None)
+        if root is None or root.op != "compare" or root.attribute(r"direction=(\w+)") != "LT":
+            return 0
+        limit = table.get(root.operands[-1])
+        return int(limit.arguments) if limit and limit.op == "constant" and limit.arguments.isdecimal() else 0
+
     def _launch(self, where: str, i: Instruction, times: int, loops: tuple[str, ...]) -> Launch:
         table = self._tables[where]
         inside = list(self._inside(i.called)) if i.op == "fusion" else [(where, i)]
-        products, words, frames = [], 0, self._frames_of(i)
+        products, shifted, frames = [], [], self._frames_of(i)
         for name, inner in inside:
             if inner.op in ("dot", "convolution") or "cublas" in inner.target:
                 products.append(_product(inner, self._tables[name]))
                 frames = self._frames_of(inner) or frames
             elif inner.op == "shift-left" and inner.results:
-                words += inner.results[0].elements
+                shifted.append(inner.results[0].elements)
         if not frames:
             frames = next((found for _, inner in reversed(inside) if (found := self._frames_of(inner))), ())
         read = tuple(shape for o in i.operands if o in table for shape in table[o].results)
@@ -240,7 +252,7 @@ class Program:
             bytes=self._bytes(i, table),
             shapes=(*i.data, *read),
             products=tuple(products),
-            words=words // ROUNDS,
+            words=sum(shifted) // ROUNDS if len(shifted) >= GROUP else 0,
             payload=payload,
         )
 
@@ -311,15 +323,44 @@ def _product(i: Instruction, table: dict[str, Instruction]) -> Product:
     left, right = (table[o].results[0] for o in i.operands[:2])
     result = i.results[0]
     if i.op == "convolution":
-        # Of the kernel's dimensions only the output features are not summed over.
-        kernel = i.attribute(r"dim_labels=\w+_(\w+)->")
-        depth = right.elements // right.dims[kernel.index("o")]
-        return Product(left, right, result, 2 * result.elements * depth)
+        return Product(left, right, result, _convolution(i, left, right))
     summed = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or i.attribute(
         r'"lhs_contracting_dimensions":\[([^\]]*)\]'
     )
     depth = math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", summed))
     return Product(left, right, result, 2 * result.elements * depth)
+
+
+def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
+    """FLOPs of a convolution, padding and the holes of a dilation left out.
+
+    A TPU writes every dot as one: a batch becomes a dimension that is dilated so far that each place sees one weight.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->", i.attributes)
+    if labels is None:
+        raise ValueError(f"the convolution {i.name} has no dim_labels; this text is not of a known version of XLA.")
+    inputs, kernel = labels.groups()
+    window = {key: i.attribute(rf"window={{[^}}]*\b{key}=([\d_x\-]+)") for key in _WINDOW}
+    pairs = left.dims[inputs.index("b")] * right.dims[kernel.index("o")] * right.dims[kernel.index("i")]
+    for axis in range(len(inputs) - 2):
+        values = {key: text.split("x")[axis] if text else _WINDOW[key] for key, text in window.items()}
+        low, high = map(int, values.pop("pad").split("_"))
+        sizes = {key: int(value) for key, value in values.items()}
+        pairs *= _taps(left.dims[inputs.index(str(axis))], low, high, **sizes)
+    return 2 * pairs
+
+
+_WINDOW = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+"""What a convolution's window has for each dimension, and what it is if it does not say."""
+
+
+@functools.cache
+def _taps(length: int, low: int, high: int, size: int, stride: int, lhs_dilate: int, rhs_dilate: int) -> int:
+    """How many (result, weight) pairs along one dimension meet an element of the input."""
+    dilated = (length - 1) * lhs_dilate + 1
+    results = (low + dilated + high - (size - 1) * rhs_dilate - 1) // stride + 1
+    places = (result * stride + tap * rhs_dilate - low for result in range(results) for tap in range(size))
+    return sum(0 <= place < dilated and place % lhs_dilate == 0 for place in places)
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:

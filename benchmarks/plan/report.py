@@ -80,7 +80,7 @@ def _sum(costs: Iterable[Cost]) -> dict[str, float]:
     """Launches, FLOPs, bytes, words and seconds of some launches, and the seconds of each resource alone."""
     keys = ("launches", "flops", "bytes", "words", "seconds")
     alone = ("products_alone", "memory_alone", "threefry_alone")
-    total = dict.fromkeys((*keys, *alone), 0)
+    total: dict[str, float] = dict.fromkeys((*keys, *alone), 0)
     for cost in costs:
         times = cost.launch.times
         values = (1, cost.flops, cost.launch.bytes, cost.words, cost.seconds, *cost.alone)
@@ -260,14 +260,15 @@ def _facts(plan: Mapping[str, Any]) -> list[str]:
     if plan["rates"] is not None:
         facts.append(
             f"{plan['tokens_per_second']:,.0f} tokens/s on paper, MFU {plan['mfu']:.1%} of "
-            f"{plan['rates']['products'] / 1e12:,.0f} TFLOP/s and device"
+            f"{plan['rates']['products'] / 1e12:,.0f} TFLOP/s a device"
         )
     held = f"{memory['total'] / 2**30:,.2f} GiB a device"
     if plan["device_memory"]:
         held += f", {memory['total'] / plan['device_memory']:.0%} of {plan['device_memory'] / 2**30:,.1f}"
     facts.append(
         f"memory: {held}; arguments {_mib(memory['arguments'])}, of which {_mib(memory['aliased'])} are written in "
-        f"place, temporaries {_mib(memory['temporaries'])} MiB; cuDNN's workspace is not in it"
+        f"place, temporaries {_mib(memory['temporaries'])} MiB"
+        + ("; cuDNN's workspace is not in it" if any("cudnn" in name for name in plan["library_calls"]) else "")
     )
     facts.append(f"state arrays written in place: {plan['aliased']} of {plan['state_arrays']}")
     counted, expected = plan["product_flops"], plan["product_flops_expected"]
@@ -348,7 +349,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
                 ]
             )
     columns = {"part": "l", "launches": "r", "TFLOP": "r", "GB": "r", "ms on paper": "r"}
-    temporaries = _change(*(plan["memory"]["temporaries"] / 2**20 for plan in (old, new)), ",.0f")
+    temporaries = _change(old["memory"]["temporaries"] / 2**20, new["memory"]["temporaries"] / 2**20, ",.0f")
     return "\n".join(
         [
             f"### against {title(old)}, commit {old['git_commit']}",
