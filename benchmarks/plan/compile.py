@@ -1,0 +1,198 @@
+"""Training steps traced, lowered and compiled for a device that is not here.
+
+The process's own backend must be the CPU, `JAX_PLATFORMS=cpu`, which the command sets before jax is imported: else JAX
+looks for a driver. The CUDA plugin is registered all the same.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.mesh import AbstractDevice
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.plan import machine_code
+from benchmarks.plan.parts import Estimate
+from benchmarks.plan.targets import Target
+from jax_impl.train import TrainState, make_optimizer, make_train_step
+from jax_impl.weights import flax_path
+from recipe.config import RunConfig, require
+from recipe.params import param_specs
+
+AXIS = "data"
+OLDEST_CUDNN = 91_200
+"""The first cuDNN of CUDA 13 that JAX's plugin asks for."""
+
+
+@contextlib.contextmanager
+def as_if_on(backend: str) -> Iterator[None]:
+    """What is traced inside takes the branches of this backend, though the process has another.
+
+    `jax_impl.backend` asks `jax.default_backend()`. JAX itself asks for cuDNN's version before it traces a call of
+    it: a private name, replaced where no cuDNN is found, as only the version's number is used.
+    """
+    own, check = jax.default_backend, fused_attention_stablehlo.check_cudnn_version
+    try:
+        check()
+    except RuntimeError:
+        fused_attention_stablehlo.check_cudnn_version = lambda: OLDEST_CUDNN
+    jax.default_backend = lambda: backend
+    try:
+        yield
+    finally:
+        jax.default_backend, fused_attention_stablehlo.check_cudnn_version = own, check
+
+
+def abstract_arguments(config: RunConfig, mesh: Mesh | None = None) -> tuple[TrainState, Any, Any]:
+    """State, inputs and targets of a training step as shapes; on a mesh the state everywhere, the rows of B divided."""
+    params: Any = {}
+    for name, spec in param_specs(config.model).items():
+        path = flax_path(name, spec.role)
+        shape = spec.shape[::-1] if path.endswith(".kernel") else spec.shape
+        params[path] = jax.ShapeDtypeStruct(shape, jnp.dtype(config.precision.params))
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(params, jax.eval_shape(make_optimizer(config).init, params), count, count)
+    tokens = jax.ShapeDtypeStruct((config.accumulation, config.batch_size, config.sequence_length), jnp.int32)
+    if mesh is None:
+        return state, tokens, tokens
+
+    def place(tree, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    return place(state), *(place(tokens, None, AXIS) for _ in range(2))
+
+
+def trace(config: RunConfig, arguments: tuple, make_step=make_train_step) -> jax.stages.Traced:
+    """The jitted training step traced on these shapes; call it under `as_if_on`."""
+    step = make_step(config).__wrapped__  # without what compiles it before its first run
+    with jax.default_matmul_precision(config.precision.matmul):
+        return step.trace(*arguments)
+
+
+def stablehlo(config: RunConfig, target: Target, make_step=make_train_step) -> str:
+    """What JAX hands to the compiler for this target, as text; needs no plugin of its."""
+    with as_if_on(target.backend), _on_kind(target, 1):
+        traced = trace(config, abstract_arguments(config), make_step)
+        return traced.lower(lowering_platforms=(target.platform or "cpu",)).as_text()
+
+
+def device_mesh(target: Target, devices: int) -> Mesh:
+    """A mesh of so many of the target's devices, with one axis."""
+    if not target.platform:
+        require(
+            len(jax.devices()) >= devices,
+            f"--mesh {devices} exceeds this process's {len(jax.devices())} devices; set JAX_NUM_CPU_DEVICES={devices}.",
+        )
+        return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+    name = target.topology(devices)
+    if target.platform == "cuda":
+        how: dict[str, Any] = {"target_config": target.description, "topology": name}
+        topology = topologies.get_topology_desc("", target.platform, **how)
+    else:
+        how = {"chips_per_host_bounds": (1, 1, 1)} if devices == 1 else {}  # libtpu takes 2 x 2 chips for a host
+        topology = topologies.get_topology_desc(name, target.platform, **how)
+    return topologies.make_mesh(topology, (devices,), (AXIS,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled training step and what the compiler says of it."""
+
+    text: str
+    """Optimized HLO."""
+    memory: dict[str, int]
+    """Bytes a device."""
+    state_arrays: int
+    seconds: dict[str, float]
+    estimates: Mapping[tuple, Estimate]
+    """What Pallas kernels say of themselves, by name and results."""
+    code: Mapping[str, machine_code.Code]
+    """Machine code of every kernel by name; empty where it cannot be had."""
+
+
+def compile_update(
+    config: RunConfig,
+    target: Target,
+    *,
+    devices: int = 1,
+    options: Mapping[str, Any] | None = None,
+    make_step=make_train_step,
+    backend: str | None = None,
+) -> Compiled:
+    """The training step of this configuration, compiled for so many of the target's devices.
+
+    `backend` says whose branches are taken, if not the target's: for tests of what that would cost.
+    """
+    require(
+        config.batch_size % devices == 0,
+        f"batch_size={config.batch_size} is not a multiple of --mesh {devices}; choose another of the two.",
+    )
+    mesh = device_mesh(target, devices)
+    arguments = abstract_arguments(config, mesh)
+    start = time.perf_counter()
+    with as_if_on(backend or target.backend), _on_kind(target, devices):
+        traced = trace(config, arguments, make_step)
+        lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder} if target.platform == "cuda" else {}
+        compiled = lowered.compile(compiler_options=dict(options or {}) | dump)
+        compiled_at = time.perf_counter()
+        code = machine_code.read(Path(folder)) if dump else {}
+    return Compiled(
+        text=compiled.as_text(),
+        memory=_memory(compiled.memory_analysis()),
+        state_arrays=len(jax.tree.leaves(arguments[0])),
+        seconds={"trace and lower": lowered_at - start, "compile": compiled_at - lowered_at},
+        estimates=estimates(traced.jaxpr.jaxpr),
+        code=code,
+    )
+
+
+def _on_kind(target: Target, devices: int):
+    """Pallas asks the mesh for the device's kind when it is lowered."""
+    if target.platform != "cuda":
+        return contextlib.nullcontext()
+    device = AbstractDevice(target.kind, target.cores, target.backend)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((devices,), (AXIS,), (AxisType.Auto,), abstract_device=device))
+
+
+def _memory(stats) -> dict[str, int]:
+    """Bytes of arguments, results, what of them is one, and temporaries."""
+    names = {"arguments": "argument", "results": "output", "aliased": "alias", "temporaries": "temp"}
+    sizes = {name: int(getattr(stats, f"{field}_size_in_bytes")) for name, field in names.items()}
+    sizes["program"] = int(stats.generated_code_size_in_bytes)
+    sizes["total"] = sizes["arguments"] + sizes["results"] - sizes["aliased"] + sizes["temporaries"]
+    return sizes
+
+
+def estimates(jaxpr) -> dict[tuple, Estimate]:
+    """The `pl.CostEstimate` of every Pallas call in a traced program."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call" and (cost := equation.params.get("cost_estimate")) is not None:
+            name = equation.params["name"]
+            results = tuple(tuple(x.aval.shape) for x in equation.outvars)
+            found[name, results] = Estimate(name, results, float(cost.flops), float(cost.bytes_accessed))
+        for inner in _inner(equation):
+            found |= estimates(inner)
+    return found
+
+
+def _inner(equation) -> Iterator:
+    """The programs that an equation carries out."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            program = getattr(part, "jaxpr", part)
+            if hasattr(program, "eqns"):
+                yield program
