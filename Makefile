@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench plan plan-tables gpu gpu-wheels mutants fuzz realweights clean
+.PHONY: help train test quick parity lint format bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -51,7 +51,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 
-$(VENV)/.installed-cuda: pyproject.toml | $(BIN)/python
+# Asked before gigabytes are fetched.
+has-gpu:
+	@ls /dev/nvidia[0-9]* >/dev/null 2>&1 || nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || { \
+	  echo "this machine shows no NVIDIA GPU; run make gpu where there is one, or see that all stages run with" \
+	  "'python -m benchmarks.gpu --dry_run True' (pip install -e '.[test]')" >&2; exit 2; }
+
+$(VENV)/.installed-cuda: pyproject.toml | has-gpu $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[cuda,test]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 

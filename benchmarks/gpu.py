@@ -46,6 +46,8 @@ if blind and os.environ.get("PARITY_DEVICE") != "cpu":
 cannot use the GPU ends the stage, which would otherwise time the CPU for hours."""
 
 BENCH = "-m benchmarks.throughput --out {out} --exclusive True --dtype bfloat16 --newton_schulz bfloat16"
+MEASURED = "-m benchmarks.plan.measured --out {out}"
+DETERMINISTIC = shlex.quote('{"precision": {"deterministic": true}}')
 SEED = f"{BENCH} --preset seed --batch_size 24 --sequence_length 512 --accumulation 4 --rounds 6"
 QWEN3 = f"{BENCH} --preset qwen3-0.6b --batch_size 2 --sequence_length 4096 --accumulation 4 --rounds 4"
 # The notebook's 2,000 micro-steps are 500 updates; 500,000 tokens as there, of the embedded plays.
@@ -60,6 +62,13 @@ RECIPES = {
 
 STAGES: dict[str, dict[str, str]] = {
     "tests": {"tests": "-m pytest -m gpu -q -rs parity_tests/test_gpu.py --junitxml {out}.xml"},
+    # Measured time by part beside the paper's, and what XLA's tuner chose, for later plans.
+    "plan": {
+        "plan-seed": f"{MEASURED} --preset seed",
+        "plan-seed-no-dropout": f"{MEASURED} --preset seed --dropout 0",
+        "plan-seed-deterministic": f"{MEASURED} --preset seed --overrides {DETERMINISTIC}",
+        "plan-qwen3-0.6b": f"{MEASURED} --preset qwen3-0.6b --batch_size 2 --sequence_length 4096",
+    },
     "seed": {"seed": f"{SEED} --modes jax,torch-eager,torch-compile,hf,seed --shares True"},
     "seed-max": {"seed-max": f"{SEED} --modes jax,torch-eager,torch-compile-max"},
     "seed-xla": {
@@ -86,6 +95,8 @@ TINY = json.dumps({"model": {"num_hidden_layers": 1, "hidden_size": 32, "vocab_s
 DRY = {
     "benchmarks.throughput": "--preset tiny --batch_size 1 --sequence_length 16 --accumulation 1 --rounds 1 --warmup 1 "
     f"--round_seconds 0 --threads 1 --exclusive False --dtype float32 --overrides {shlex.quote(TINY)}",
+    "benchmarks.plan.measured": "--preset tiny --batch_size 1 --sequence_length 16 --accumulation 1 --updates 1 "
+    f"--dtype float32 --overrides {shlex.quote(TINY)}",
     "pytest": "-k 'one_newton_schulz or muon_updates'",
     "train": """--steps 4 --accumulation 2 --batch_size 2 --sequence_length 16 --eval_every 2 --sample_tokens 0
     --model.hidden_size 24 --model.intermediate_size 20 --model.num_hidden_layers 1 --model.num_attention_heads 2
