@@ -117,7 +117,7 @@ def _largest(program: Program) -> list[Shape]:
 
 
 def all_logits(program: Program, config: RunConfig, devices: int = 1) -> set[Shape]:
-    """Arrays that hold a logit of every token of a micro-batch, the [B,T,V] that the loss promises not to make."""
+    """Arrays with a logit of every token of a device's micro-batch: the [B,T,V] that the loss promises not to make."""
     V, D = config.model.vocab_size, config.model.hidden_size
     tokens = config.batch_size * config.sequence_length // devices
 
