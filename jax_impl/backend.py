@@ -33,6 +33,10 @@ class Machine:
     bfloat16 matrix and a vector: 40 times slower than in float32 on a machine without bfloat16 units."""
     cudnn: bool
     """Whether cuDNN's attention can be had."""
+    loss_kernel: bool
+    """Whether the loss in a 16-bit dtype is `loss_kernel`'s: its tiles fill a Hopper's shared memory and registers."""
+    interprets_kernels: bool
+    """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
     compiler_options: tuple[tuple[str, str], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
@@ -46,6 +50,8 @@ CPU = Machine(
     lays_out_products=True,
     holds_wide=True,
     cudnn=False,
+    loss_kernel=False,
+    interprets_kernels=True,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
 )
 GPU = Machine(
@@ -56,19 +62,26 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
+    loss_kernel=True,
+    interprets_kernels=False,
     compiler_options=(),
 )
 MACHINES = {"cpu": CPU, "gpu": GPU}
+HOPPER = "9.0"
+"""The compute capability that kernels of our own have been compiled for."""
 
 
 def machine() -> Machine:
     """The record of the device that arrays are on: that of `on_device_of` or `jax.default_device`, else the process's.
 
-    A platform without a record of its own is an accelerator without cuDNN.
+    A platform without a record of its own is an accelerator without cuDNN and kernels of our own, and a GPU of another
+    generation than theirs has cuDNN alone.
     """
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False))
+    record = MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False, loss_kernel=False))
+    fits = getattr(jax.devices()[0] if device is None else device, "compute_capability", HOPPER) == HOPPER
+    return record if fits else dataclasses.replace(record, loss_kernel=False)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,20 @@
 """The loss on a GPU: logits are made tile by tile on the chip and never reach memory.
 
-    peak_m = max_v x_m . head_v      total_m = sum_v exp(x_m . head_v - peak_m)      loss_m = log total_m + peak_m - hit_m
+    peak_m = max_v x_m . head_v      total_m = sum_v exp(x_m . head_v - peak_m)
+    loss_m = log total_m + peak_m - hit_m, hit_m the target's logit
     grad_mv = weight_m (exp(x_m . head_v - peak_m) / total_m - [v = target_m])
 
-hit_m is the target's logit. `normalizers` makes peak, total and hit in one pass over V; `grad_logits` makes the tile's
-logits again and writes their gradient, rounded to the compute dtype, for one chunk of tokens. Both gradients are then
-ordinary products of that array: 8 V D FLOPs a token and three passes over 2 V bytes, in a fixed order. A backward pass
-without the array would make every logit for grad_x and once more for grad_head, 10 V D FLOPs, or add tiles of one of
-them with atomics, in an order that changes from run to run.
+`normalizers` makes peak, total and hit in one pass over V; `grad_logits` makes the logits again and writes their
+gradient, rounded to the compute dtype, for one chunk of tokens. The gradients of x and head are then ordinary products
+of that array: 8 V D FLOPs a token and three passes over 2 V bytes, in a fixed order. A backward pass without the array
+would make the logits once for grad_x and once more for grad_head, 10 V D FLOPs, or add up tiles of one of the two with
+atomics, in an order that changes from run to run.
 
 A program owns `TILE_M` tokens and a segment of `SEGMENT` tiles of V, so that a batch makes thousands of programs for a
 GPU's hundred multiprocessors, and what the segments of a token found is put together afterwards, as in online softmax
 (Milakov and Gimelshein, arXiv:1805.02867). Products, sums and exponentials are in float32, in float64 for float64.
+
+Pallas's Triton backend is said to go in some jax after 0.12; `backend.Machine.loss_kernel` then turns this file off.
 """
 
 import math
@@ -102,13 +105,13 @@ def _segments(head_VD: jax.Array) -> int:
 
 
 def _call(kernel: Callable, out_shape, x_MD: jax.Array, head_VD: jax.Array, *arrays_M: jax.Array):
-    """Launch the kernel on (tiles of M, segments of V): neighbours share the head's tiles. A CPU interprets it."""
+    """Launch the kernel on (tiles of M, segments of V): neighbours share the head's tiles."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=(pl.cdiv(x_MD.shape[0], TILE_M), _segments(head_VD)),
         compiler_params=COMPILER,
-        interpret=machine().platform == "cpu",
+        interpret=machine().interprets_kernels,
         name=kernel.__name__.strip("_"),
     )(x_MD, head_VD, *arrays_M)
 
@@ -172,8 +175,8 @@ def _grad_logits_kernel(x_ref, head_ref, targets_ref, peak_ref, scale_ref, weigh
 def _for_each_tile(x_ref, head_ref, m, visit: Callable, carry):
     """carry = visit(logits_MV, v, carry) for every tile of this program's segment, v its first column.
 
-    One loop over tiles and over D within them, or the buffers would run empty between two tiles. Every tile has a column
-    within V; logits of columns beyond it are 0.
+    One loop over tiles and over D within them, or the buffers would run empty between two tiles. Every tile has a
+    column within V; logits of columns beyond it are 0.
     """
     wide, D, V = accumulator(x_ref.dtype), x_ref.shape[1], head_ref.shape[0]
     first, steps = pl.program_id(1) * SEGMENT, pl.cdiv(D, TILE_D)
