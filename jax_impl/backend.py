@@ -33,8 +33,10 @@ class Machine:
     bfloat16 matrix and a vector: 40 times slower than in float32 on a machine without bfloat16 units."""
     cudnn: bool
     """Whether cuDNN's attention can be had."""
-    loss_kernel: bool
-    """Whether the loss in a 16-bit dtype is `loss_kernel`'s: its tiles fill a Hopper's shared memory and registers."""
+    loss_kernel_up_to: int
+    """Hidden size up to which the loss in a 16-bit dtype is `loss_kernel`'s; 0: never. The kernel makes every logit a
+    second time, 2 D FLOPs, and spares writing it in float32 and reading that twice, 12 bytes: at F FLOP/s and B bytes/s
+    this pays up to D = 6 F/B, 1,200 on an H100 (600e12, 3e12), for which its tiles are cut."""
     interprets_kernels: bool
     """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
     compiler_options: tuple[tuple[str, str], ...]
@@ -50,7 +52,7 @@ CPU = Machine(
     lays_out_products=True,
     holds_wide=True,
     cudnn=False,
-    loss_kernel=False,
+    loss_kernel_up_to=0,
     interprets_kernels=True,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
 )
@@ -62,7 +64,7 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
-    loss_kernel=True,
+    loss_kernel_up_to=1200,
     interprets_kernels=False,
     compiler_options=(),
 )
@@ -79,9 +81,9 @@ def machine() -> Machine:
     """
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    record = MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False, loss_kernel=False))
-    fits = getattr(jax.devices()[0] if device is None else device, "compute_capability", HOPPER) == HOPPER
-    return record if fits else dataclasses.replace(record, loss_kernel=False)
+    record = MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False, loss_kernel_up_to=0))
+    known = getattr(jax.devices()[0] if device is None else device, "compute_capability", HOPPER) == HOPPER
+    return record if known else dataclasses.replace(record, loss_kernel_up_to=0)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ A program owns `TILE_M` tokens and a segment of `SEGMENT` tiles of V, so that a 
 GPU's hundred multiprocessors, and what the segments of a token found is put together afterwards, as in online softmax
 (Milakov and Gimelshein, arXiv:1805.02867). Products, sums and exponentials are in float32, in float64 for float64.
 
-Pallas's Triton backend is said to go in some jax after 0.12; `backend.Machine.loss_kernel` then turns this file off.
+jax 0.11 and 0.12 deprecate Pallas's Triton backend; the jax that drops it has `Machine.loss_kernel_up_to = 0`, or needs
+these kernels in Mosaic GPU.
 """
 
 import math
@@ -26,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_impl.backend import machine
-from jax_impl.products import accumulator, product
+from jax_impl.products import accumulator, in_memory, product
 
 # For an H100: a tile of sums fills half the registers of 8 warps (two warp groups), and 2 TM TV TD FLOPs on
 # 2 (TM + TV) TD bytes are 85 a byte, the most that any tile reaches which fits. Three buffers are 144 KiB of shared
@@ -62,16 +63,18 @@ def loss_and_gradients(
         padding = [(0, count * rows - M)] + [(0, 0)] * (array.ndim - 1)
         return jnp.pad(array, padding).reshape(count, rows, *array.shape[1:])
 
-    def chunk(grad_head_VD, operands):
+    def chunk(grad_head_DV, operands):
         x = operands[0]
         grad_logits_MV = grad_logits(x, head, *operands[1:])
         grad_x = product("mv,vd->md", grad_logits_MV, head, x.dtype)
-        return grad_head_VD + product("mv,md->vd", grad_logits_MV, x, wide), grad_x
+        # Summed as (D, V): so it is x that has to be transposed and not the logits' gradient.
+        return grad_head_DV + product("dm,mv->dv", in_memory(x, (1, 0)), grad_logits_MV, wide), grad_x
 
     weights_M = jnp.full((M,), 1.0 / M, wide)
     operands = (x_MD, targets_M, peak_M, weights_M / total_M, weights_M)
-    grad_head_VD, grad_x_CMD = jax.lax.scan(chunk, jnp.zeros(head.shape, wide), tuple(map(chunked, operands)))
-    return loss, (grad_x_CMD.reshape(-1, D)[:M], grad_head_VD.astype(head_VD.dtype))
+    start = jnp.zeros(head.shape[::-1], wide)
+    grad_head_DV, grad_x_CMD = jax.lax.scan(chunk, start, tuple(map(chunked, operands)))
+    return loss, (grad_x_CMD.reshape(-1, D)[:M], grad_head_DV.T.astype(head_VD.dtype))
 
 
 def normalizers(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, ...]:
@@ -123,12 +126,8 @@ def _normalizers_kernel(x_ref, head_ref, targets_ref, peak_ref, total_ref, hit_r
 
     def visit(logits_MV, v, carry):
         peak_M, total_M, hit_M, before_M = carry
-
-        def cut_off(logits_MV):
-            return jnp.where(v + _iota(TILE_V)[None, :] < V, logits_MV, -jnp.inf)
-
         if V % TILE_V:
-            logits_MV = jax.lax.cond(v + TILE_V > V, cut_off, lambda logits_MV: logits_MV, logits_MV)
+            logits_MV = jnp.where(v + _iota(TILE_V)[None, :] < V, logits_MV, -jnp.inf)
         largest_M = jnp.max(logits_MV, axis=1)
         higher_M = jnp.maximum(peak_M, largest_M)
         total_M *= _exp(peak_M - higher_M)
@@ -201,7 +200,7 @@ def _for_each_tile(x_ref, head_ref, m, visit: Callable, carry):
 
 
 def _holds(targets_M, v):
-    """Whether any of the targets is in the tile that begins at v; most tiles hold none."""
+    """Whether any of the targets is in the tile that begins at v; many tiles hold none."""
     return jnp.max(((targets_M >= v) & (targets_M < v + TILE_V)).astype(jnp.int32)) > 0
 
 
