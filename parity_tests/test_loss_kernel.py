@@ -159,6 +159,13 @@ def test_of_equal_logits_the_first_is_the_largest(dtype, small_tiles):
     assert 90 < correct.sum() < 210
 
 
+def test_an_equal_logit_in_a_tile_without_targets_came_first(small_tiles):
+    x, head = np.ones((16, 8)), np.ones((150, 8))
+    for target in (0, 1, 31, 32, 64, 149):
+        _, correct = evaluate(loss_kernel, x, head, np.full(16, target, np.int32), "bfloat16")
+        assert correct.all() if target == 0 else not correct.any()
+
+
 def test_what_is_not_a_number_stays_none(small_tiles):
     """A training step is skipped when its loss or gradient is not finite."""
     x, head, targets = operands(*SMALL["ragged"])
