@@ -159,10 +159,14 @@ def test_of_equal_logits_the_first_is_the_largest(dtype, small_tiles):
     assert 90 < correct.sum() < 210
 
 
-def test_an_equal_logit_in_a_tile_without_targets_came_first(small_tiles):
+def test_one_target_for_all_at_a_tiles_edge(small_tiles):
+    """All logits alike and most tiles without a target; the first token alone has the largest logit."""
     x, head = np.ones((16, 8)), np.ones((150, 8))
     for target in (0, 1, 31, 32, 64, 149):
-        _, correct = evaluate(loss_kernel, x, head, np.full(16, target, np.int32), "bfloat16")
+        targets = np.full(16, target, np.int32)
+        values, correct = evaluate(loss_kernel, x, head, targets, "float32")
+        truths, limits = truths_and_limits(x, head, targets, "float32")
+        check_all(values, truths, limits.get)
         assert correct.all() if target == 0 else not correct.any()
 
 
