@@ -37,6 +37,12 @@ class Machine:
     bfloat16 matrix and a vector: 40 times slower than in float32 on a machine without bfloat16 units."""
     cudnn: bool
     """Whether cuDNN's attention can be had."""
+    loss_kernel_up_to: int
+    """Hidden size up to which the loss in a 16-bit dtype is `loss_kernel`'s; 0: never. The kernel makes every logit a
+    second time, 2 D FLOPs, and spares writing it in float32 and reading that twice, 12 bytes: at F FLOP/s and B bytes/s
+    this pays up to D = 6 F/B, 1,200 on an H100 (600e12, 3e12), for which its tiles are cut."""
+    interprets_kernels: bool
+    """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
     compiler_options: tuple[tuple[str, str], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
@@ -56,6 +62,8 @@ CPU = Machine(
     lays_out_products=True,
     holds_wide=True,
     cudnn=False,
+    loss_kernel_up_to=0,
+    interprets_kernels=True,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
     recomputes_apart=True,
     deterministic_options=(),
@@ -68,23 +76,31 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
+    loss_kernel_up_to=1200,
+    interprets_kernels=False,
     # XLA would join gate with up and q with k and v, then copy slices out and concatenate their gradients.
     compiler_options=(("xla_gpu_dot_merger_threshold_mb", "0"),),
     recomputes_apart=False,
     deterministic_options=(("xla_gpu_exclude_nondeterministic_ops", "true"),),
 )
 MACHINES = {"cpu": CPU, "gpu": GPU}
-_NOT_NVIDIA: dict[str, Any] = {"cudnn": False, "compiler_options": (), "deterministic_options": ()}
+HOPPER = "9.0"
+"""The compute capability that kernels of our own have been compiled for."""
+_NO_KERNELS: dict[str, Any] = {"loss_kernel_up_to": 0}
+_NOT_NVIDIA: dict[str, Any] = _NO_KERNELS | {"cudnn": False, "compiler_options": (), "deterministic_options": ()}
 
 
 def machine() -> Machine:
     """The record of the device that arrays are on: that of `on_device_of` or `jax.default_device`, else the process's.
 
-    A platform without a record of its own is an accelerator without what only NVIDIA's have.
+    A platform without a record of its own is an accelerator without what only NVIDIA's have, and a GPU of another
+    generation than kernels of our own were compiled for does without them.
     """
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, **_NOT_NVIDIA))
+    record = MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, **_NOT_NVIDIA))
+    known = getattr(jax.devices()[0] if device is None else device, "compute_capability", HOPPER) == HOPPER
+    return record if known else dataclasses.replace(record, **_NO_KERNELS)
 
 
 def recomputed(static_argnums: tuple[int, ...] = ()) -> Callable[[Function], Function]:

@@ -22,6 +22,8 @@ def cross_entropy(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> 
 
 def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Loss of each token, in float32 or wider, and whether its target had the largest logit."""
+    if kernel := _kernel(x_MD):
+        return kernel.token_losses(x_MD, head_VD, targets_M)
 
     def chunk(operands):
         x, targets = operands
@@ -36,6 +38,15 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
     return losses_CM.reshape(-1)[:M], correct_CM.reshape(-1)[:M]
 
 
+def _kernel(x_MD):
+    """The module `loss_kernel` where the machine has it for such an x, else None: then the chunks here are the loss."""
+    if x_MD.dtype.itemsize > 2 or x_MD.shape[1] > machine().loss_kernel_up_to:
+        return None
+    from jax_impl import loss_kernel  # here, for not every build of jaxlib has Triton
+
+    return loss_kernel
+
+
 def _chunks(x_MD, targets_M):
     """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
     M, D = x_MD.shape
@@ -48,6 +59,8 @@ def _chunks(x_MD, targets_M):
 
 
 def _cross_entropy_forward(x_MD, head_VD, targets_M):
+    if kernel := _kernel(x_MD):
+        return kernel.loss_and_gradients(x_MD, head_VD, targets_M)
     wide = accumulator(x_MD.dtype)
     head = head_VD.astype(x_MD.dtype)
 
