@@ -1,9 +1,9 @@
 """Attention with dropout as three GPU kernels that never write a probability; the letters are those of `model.py`.
 
-`flash_attention` is `attention` of `attention.py`: the same masks, the same dtypes, probabilities rounded to the compute
-dtype before the second product. The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): forward keeps the output and
-the logarithm of each query's sum; backward computes the probabilities again, once for the queries' gradient and once
-for those of keys and values, each program summing what it writes, so that results do not depend on scheduling.
+`flash_attention` is `attention` of `attention.py`: the same masks, the same dtypes, probabilities rounded to the
+compute dtype before the second product. The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): forward keeps the
+output and the logarithm of each query's sum; backward computes the probabilities again, once for the queries' gradient
+and once for those of keys and values. Each program sums what it writes, so that no result depends on scheduling.
 
 The dropout mask is a function of (key, row, head, query, key position) alone. One Threefry block of head n's key and
 the counter (t, s // 4) gives four 16-bit numbers, low half first, for the positions s // 4 * 4 ... + 3. So that a
@@ -51,10 +51,17 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(head_dim: int) -> Tiles:
-    """Tiles that compile for an H100 without spilled registers, with the most warps per multiprocessor."""
+    """Tiles whose kernels, compiled for an H100, spill no register; head_dim counts as the next power of two.
+
+    They need 57 KiB of shared memory up to head_dim 64, 177 KiB up to 128 and 169 KiB up to 256, of 227 there are.
+    """
     if head_dim <= 64:
         return Tiles(Tile(64, 64), Tile(64, 64), Tile(64, 64))
-    return Tiles(Tile(64, 64), Tile(64, 64), Tile(128, 64, warps=8))
+    if head_dim <= 128:
+        return Tiles(Tile(64, 64), Tile(64, 64), Tile(128, 64, warps=8))
+    if head_dim <= 256:
+        return Tiles(Tile(64, 32), Tile(64, 32), Tile(128, 32, warps=8))
+    raise ValueError(f"head_dim={head_dim} exceeds 256, all that fits the kernel; choose precision.attention=explicit.")
 
 
 class _Settings(NamedTuple):
@@ -91,11 +98,10 @@ def flash_attention(
 
     Needs an NVIDIA GPU and a 16-bit dtype; `interpret` runs the kernels as JAX operations in any dtype, for tests.
     """
-    dropping = key is not None and rate > 0.0
-    settings = _Settings(window, rate if dropping else 0.0, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
+    words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
+    settings = _Settings(window, 0.0 if key is None else rate, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
     if settings.threshold >= 2**16:
         raise ValueError(f"rate={rate} drops every probability; choose one below 1 - 2^-17.")
-    words = jax.random.key_data(key) if dropping else jnp.zeros(2, jnp.uint32)
     return _attend(settings, words, q_BTNH, k_BSKH, v_BSKH)
 
 
@@ -196,7 +202,8 @@ def attention_forward(key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, set
 
     zero_Q = jnp.zeros(tile.queries, wide)
     carry = jnp.zeros((tile.queries, _padded(H)), wide), zero_Q + _LOWEST, zero_Q
-    out_QH, highest_Q, sum_Q = jax.lax.fori_loop(*_key_tiles(i, tile, T, settings.window), step, carry)
+    first, last = _key_tiles(i, tile, T, settings.window)
+    out_QH, highest_Q, sum_Q = jax.lax.fori_loop(first, last, step, carry)
     _store(out_ref, t_Q, h_H, out_QH / (sum_Q * settings.kept)[:, None])
     triton.store(log_sum_ref.at[t_Q], highest_Q + jnp.log2(sum_Q), mask=t_Q < T)
 
@@ -227,7 +234,8 @@ def attention_query_grad(
         return q_grad_QH + _dot(grads_QS.astype(k_SH.dtype), k_SH, 1, 0)
 
     zero_QH = jnp.zeros((tile.queries, _padded(H)), wide)
-    q_grad_QH = jax.lax.fori_loop(*_key_tiles(i, tile, T, settings.window), step, zero_QH)
+    first, last = _key_tiles(i, tile, T, settings.window)
+    q_grad_QH = jax.lax.fori_loop(first, last, step, zero_QH)
     _store(q_grad_ref, t_Q, h_H, q_grad_QH * (1.0 / (math.sqrt(H) * settings.kept)))
 
 
@@ -240,6 +248,7 @@ def attention_key_grads(
     j, k, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     s_S, h_H = _positions(j, tile), _iota(_padded(H))
     k_SH, v_SH = _load(k_ref, s_S, h_H), _load(v_ref, s_S, h_H)
+    first, last = _query_tiles(j, tile, T, settings.window)
 
     def head(g, carry):
         head_key = _head_key(key_ref, (b * pl.num_programs(1) + k) * G + g)
@@ -261,7 +270,7 @@ def attention_key_grads(
             k_grad_SH += _dot(grads_QS.astype(q_QH.dtype), q_QH, 0, 0)
             return k_grad_SH, v_grad_SH
 
-        return jax.lax.fori_loop(*_query_tiles(j, tile, T, settings.window), step, carry)
+        return jax.lax.fori_loop(first, last, step, carry)
 
     zero_SH = jnp.zeros((tile.keys, _padded(H)), wide)
     k_grad_SH, v_grad_SH = jax.lax.fori_loop(0, G, head, (zero_SH, zero_SH))

@@ -33,6 +33,8 @@ class Machine:
     bfloat16 matrix and a vector: 40 times slower than in float32 on a machine without bfloat16 units."""
     cudnn: bool
     """Whether cuDNN's attention can be had."""
+    attention_kernel: bool
+    """Whether `attention_kernel.py` compiles: attention with dropout, which cuDNN's lacks."""
     compiler_options: tuple[tuple[str, str], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
@@ -46,6 +48,7 @@ CPU = Machine(
     lays_out_products=True,
     holds_wide=True,
     cudnn=False,
+    attention_kernel=False,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
 )
 GPU = Machine(
@@ -56,6 +59,7 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
+    attention_kernel=True,
     compiler_options=(),
 )
 MACHINES = {"cpu": CPU, "gpu": GPU}
@@ -64,11 +68,12 @@ MACHINES = {"cpu": CPU, "gpu": GPU}
 def machine() -> Machine:
     """The record of the device that arrays are on: that of `on_device_of` or `jax.default_device`, else the process's.
 
-    A platform without a record of its own is an accelerator without cuDNN.
+    A platform without a record of its own is an accelerator without NVIDIA's kernels.
     """
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return MACHINES.get(platform, dataclasses.replace(GPU, platform=platform, cudnn=False))
+    other = dataclasses.replace(GPU, platform=platform, cudnn=False, attention_kernel=False)
+    return MACHINES.get(platform, other)
 
 
 @contextlib.contextmanager
