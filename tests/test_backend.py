@@ -74,6 +74,15 @@ def test_which_attention_runs_and_why(platform, precision, dropout, runs, reason
     assert reason in why and bool(reason) == bool(why)
 
 
+def test_dropout_decides_between_the_fused_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax_impl.attention, "flash_attention", lambda *_, rate, **__: calls.append(("ours", rate)))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **how: calls.append(how["implementation"]))
+    for rate, key in ((0.1, jax.random.key(0)), (0.0, jax.random.key(0)), (0.1, None)):
+        jax_impl.attention.fused_attention(*jnp.zeros((3, 1, 5, 2, 8)), window=None, rate=rate, key=key)
+    assert calls == [("ours", 0.1), "cudnn", "cudnn"]
+
+
 def test_the_model_asks_the_same_question(monkeypatch):
     """What is recorded is what runs: on a GPU in 16 bits a fused kernel is called, and is told of dropout."""
     from jax_impl import model
