@@ -82,7 +82,7 @@ class ThroughputConfig:
     attention: Literal["fused", "explicit"] = "fused"
     """fused is the framework's kernel where it has one (SDPA, cuDNN), explicit this project's query blocks."""
     dropout: float = 0.0
-    """Dropout rate; hf has none, and with it no side uses its fused attention."""
+    """Dropout rate; hf has none, and with it jax alone has a fused attention."""
     modes: str = "jax,torch-eager"
     """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only),
     torch-eager-lce and torch-compile-lce (torch's linear_cross_entropy in chunks), hf (its Qwen3), seed (the seed

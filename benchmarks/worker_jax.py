@@ -30,6 +30,7 @@ class JaxSide:
     def describe(self) -> dict:
         config, backend = self.config, machine().platform
         precision = config.precision
+        fused = "flash with our dropout" if config.model.dropout else "cuDNN flash"
         with jax.default_matmul_precision(precision.matmul):
             product = jnp.full((256, 256), FLOAT32_PROBE, jnp.float32) @ jnp.eye(256, dtype=jnp.float32)
         contract = WorkContract(
@@ -43,7 +44,7 @@ class JaxSide:
             matmul=float32_product(float(product[0, 0])),
             x64=str(bool(jax.config.jax_enable_x64)),
             accumulation=accumulation_of(precision.compute),
-            attention="cuDNN flash" if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
+            attention=fused if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
             dropout=dropout_of(config.model.dropout),
             threads=NOT_THERE if backend == "gpu" else str(xla_threads()),
             loss=f"float32 logits of {machine().tokens_at_once} tokens at once",
@@ -129,9 +130,8 @@ class JaxSide:
         @functools.partial(jax.jit, static_argnames="window")
         def attend(q_BTNH, k_BSKH, v_BSKH, out_grad, window):
             def forward(q, k, v):
-                if self.fused:
-                    return attention.fused_attention(q, k, v, window=window)
-                return attention.attention(q, k, v, window=window, rate=shape.dropout, key=key)
+                attend = attention.fused_attention if self.fused else attention.attention
+                return attend(q, k, v, window=window, rate=shape.dropout, key=key)
 
             out_BTNH, pull_back = jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH)
             return out_BTNH, pull_back(out_grad)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_impl import random
-from jax_impl.backend import machine
+from jax_impl.attention_kernel import flash_attention
+from jax_impl.backend import HOPPER, machine
 from jax_impl.products import accumulator, product
 from recipe.config import PrecisionConfig
 
@@ -16,8 +17,18 @@ from recipe.config import PrecisionConfig
 QUERY_BLOCK = 128
 
 
-def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int | None) -> jax.Array:
-    """`attention` through cuDNN's flash attention, without dropout; needs a GPU and a 16-bit dtype."""
+def fused_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int | None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` without its scores in memory, by cuDNN, or with dropout by our kernel; needs a GPU and 16 bits."""
+    if key is not None and rate > 0.0:
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
     local_window = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local_window, implementation="cudnn"
@@ -26,11 +37,13 @@ def fused_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, 
 
 def why_not_fused(precision: PrecisionConfig, dropout: float) -> str:
     """Why `fused_attention` cannot run at this dropout rate; empty if it can."""
-    if not machine().cudnn:
-        return f"cuDNN's kernel needs an NVIDIA GPU, this is a {machine().platform}"
+    kernel = "the kernel with dropout" if dropout else "cuDNN's kernel"
+    if not (machine().attention_kernel if dropout else machine().cudnn):
+        which = f" of compute capability {HOPPER}" if dropout else ""
+        return f"{kernel} needs an NVIDIA GPU{which}, this is a {machine().platform}"
     if jnp.dtype(precision.compute).itemsize != 2:
-        return f"cuDNN's kernel needs precision.compute=bfloat16, not {precision.compute}"
-    return f"it drops no probabilities, and dropout is {dropout}" if dropout else ""
+        return f"{kernel} needs precision.compute=bfloat16, not {precision.compute}"
+    return ""
 
 
 def attention_in_use(precision: PrecisionConfig, dropout: float) -> str:

@@ -43,6 +43,8 @@ class Machine:
     this pays up to D = 6 F/B, 1,200 on an H100 (600e12, 3e12), for which its tiles are cut."""
     interprets_kernels: bool
     """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
+    attention_kernel: bool
+    """Whether `attention_kernel.py` compiles: attention with dropout, which cuDNN's lacks."""
     compiler_options: tuple[tuple[str, str], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
@@ -64,6 +66,7 @@ CPU = Machine(
     cudnn=False,
     loss_kernel_up_to=0,
     interprets_kernels=True,
+    attention_kernel=False,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
     recomputes_apart=True,
     deterministic_options=(),
@@ -77,6 +80,7 @@ GPU = Machine(
     holds_wide=False,
     cudnn=True,
     loss_kernel_up_to=1200,
+    attention_kernel=True,
     interprets_kernels=False,
     # XLA would join gate with up and q with k and v, then copy slices out and concatenate their gradients.
     compiler_options=(("xla_gpu_dot_merger_threshold_mb", "0"),),
@@ -86,7 +90,7 @@ GPU = Machine(
 MACHINES = {"cpu": CPU, "gpu": GPU}
 HOPPER = "9.0"
 """The compute capability that kernels of our own have been compiled for."""
-_NO_KERNELS: dict[str, Any] = {"loss_kernel_up_to": 0}
+_NO_KERNELS: dict[str, Any] = {"loss_kernel_up_to": 0, "attention_kernel": False}
 _NOT_NVIDIA: dict[str, Any] = _NO_KERNELS | {"cudnn": False, "compiler_options": (), "deterministic_options": ()}
 
 

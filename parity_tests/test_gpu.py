@@ -18,7 +18,8 @@ import jax_impl.attention
 import jax_impl.muon
 import torch_ref.attention
 import torch_ref.muon
-from parity_tests import test_model, test_muon, test_newton_schulz, test_training
+from jax_impl.attention_kernel import tiles_of
+from parity_tests import test_attention_kernel, test_model, test_muon, test_newton_schulz, test_training
 from parity_tests.cases import BFLOAT16, FLOAT32, PRECISIONS, random_weights
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import SAFETY, check, check_all, relative_error
@@ -150,6 +151,18 @@ def test_fused_attention(device, name, record_property):
     for kind, values in results.items():
         shares = {key: check(f"{kind} {key}", values[key], truths[key], limits[key]) / limits[key] for key in truths}
         record_property(f"{kind}, largest error over allowance", max(shares.values()))
+
+
+@pytest.mark.parametrize("name", test_attention_kernel.CASES)
+def test_attention_with_dropout(device, name, record_property):
+    """Our kernels' bfloat16 output and gradients."""
+    share = test_attention_kernel.check_in_bfloat16(name, interpret=device == "cpu")
+    record_property("largest error over allowance", share)
+
+
+def test_attention_drops_what_the_definition_says(device):
+    tiles = tiles_of(test_attention_kernel.BITS.H)
+    test_attention_kernel.check_bits(tiles, interpret=device == "cpu")
 
 
 def test_fused_and_explicit_attention_train_alike(device):

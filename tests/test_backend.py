@@ -33,9 +33,11 @@ def test_each_platform_has_its_record(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert backend.machine() == backend.GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert backend.machine() == dataclasses.replace(
-        backend.GPU, platform="tpu", cudnn=False, compiler_options=(), deterministic_options=()
-    ), "no option of XLA's GPU compiler"
+    without = {"cudnn": False, "loss_kernel_up_to": 0, "attention_kernel": False}
+    expected = dataclasses.replace(
+        backend.GPU, platform="tpu", compiler_options=(), deterministic_options=(), **without
+    )
+    assert backend.machine() == expected, "no option of XLA's GPU compiler"
 
 
 def test_the_record_is_that_of_the_arrays_device(monkeypatch):
@@ -59,10 +61,13 @@ def test_the_named_default_device_counts(monkeypatch):
     ("platform", "precision", "dropout", "runs", "reason"),
     [
         ("gpu", FUSED, 0.0, "fused", ""),
-        ("gpu", FUSED, 0.1, "explicit", "dropout is 0.1"),
+        ("gpu", FUSED, 0.1, "fused", ""),
         ("gpu", dataclasses.replace(FUSED, compute="float32"), 0.0, "explicit", "not float32"),
+        ("gpu", dataclasses.replace(FUSED, compute="float32"), 0.1, "explicit", "not float32"),
         ("gpu", dataclasses.replace(FUSED, attention="explicit"), 0.0, "explicit", ""),
-        ("cpu", FUSED, 0.0, "explicit", "needs an NVIDIA GPU"),
+        ("gpu", dataclasses.replace(FUSED, attention="explicit"), 0.1, "explicit", ""),
+        ("cpu", FUSED, 0.0, "explicit", "cuDNN's kernel needs an NVIDIA GPU"),
+        ("cpu", FUSED, 0.1, "explicit", "the kernel with dropout needs an NVIDIA GPU"),
         ("tpu", FUSED, 0.0, "explicit", "this is a tpu"),
     ],
 )
@@ -73,24 +78,33 @@ def test_which_attention_runs_and_why(platform, precision, dropout, runs, reason
     assert reason in why and bool(reason) == bool(why)
 
 
+def test_dropout_decides_between_the_fused_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax_impl.attention, "flash_attention", lambda *_, rate, **__: calls.append(("ours", rate)))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **how: calls.append(how["implementation"]))
+    for rate, key in ((0.1, jax.random.key(0)), (0.0, jax.random.key(0)), (0.1, None)):
+        jax_impl.attention.fused_attention(*jnp.zeros((3, 1, 5, 2, 8)), window=None, rate=rate, key=key)
+    assert calls == [("ours", 0.1), "cudnn", "cudnn"]
+
+
 def test_the_model_asks_the_same_question(monkeypatch):
-    """What is recorded is what runs: on a GPU without dropout, and in evaluation, the fused kernel is called."""
+    """What is recorded is what runs: on a GPU in 16 bits a fused kernel is called, and is told of dropout."""
     from jax_impl import model
     from jax_impl.weights import bind, from_hf, model_structure
 
     calls = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(model, "fused_attention", lambda q, k, v, *, window: calls.append("fused") or q)
-    monkeypatch.setattr(model, "attention", lambda q, k, v, **_: calls.append("explicit") or q)
+    monkeypatch.setattr(model, "fused_attention", lambda q, *_, rate, **__: calls.append(("fused", rate)) or q)
+    monkeypatch.setattr(model, "attention", lambda q, *_, rate, **__: calls.append(("explicit", rate)) or q)
     tokens_BT = jnp.zeros((1, 5), jnp.int32)
     for precision, key in (
         (FUSED, None),
         (FUSED, jax.random.key(0)),
-        (dataclasses.replace(FUSED, compute="float32"), None),
+        (dataclasses.replace(FUSED, compute="float32"), jax.random.key(0)),
     ):
         net = bind(model_structure(MODEL, precision), from_hf(init_params(MODEL, 0), MODEL, precision))
         net(tokens_BT, dropout_key=key)
-    assert calls == ["fused", "explicit", "explicit"]
+    assert calls == [("fused", 0.0), ("fused", MODEL.dropout), ("explicit", MODEL.dropout)]
 
 
 def test_a_run_says_what_runs():
@@ -99,7 +113,7 @@ def test_a_run_says_what_runs():
     assert environment["machine"] == dataclasses.asdict(backend.CPU) and environment["attention"] == "explicit"
     json.dumps(environment)  # goes into run.json
     said = [line for line in describe(config, environment) if line.startswith("attention")]
-    why = "cuDNN's kernel needs an NVIDIA GPU, this is a cpu"
+    why = "the kernel with dropout needs an NVIDIA GPU, this is a cpu"
     assert said == [f"attention  explicit in training, although fused is asked for: {why}"]
     plain = dataclasses.replace(config, precision=PrecisionConfig())
     assert not [line for line in describe(plain, environment) if line.startswith("attention")]

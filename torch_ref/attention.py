@@ -16,7 +16,7 @@ QUERY_BLOCK = 128
 def fused_attention(
     q_BTNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, *, window: int | None
 ) -> torch.Tensor:
-    """`attention` through torch's SDPA, without dropout."""
+    """`attention` through torch's SDPA, without dropout: it would draw masks of its own."""
     position = torch.arange(q_BTNH.shape[1], device=q_BTNH.device)
     mask = None if window is None else visible(position[:, None], position[None, :], window)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
@@ -28,7 +28,7 @@ def fused_attention(
 
 def why_not_fused(precision: PrecisionConfig, dropout: float) -> str:
     """Why `fused_attention` cannot run at this dropout rate; empty if it can."""
-    return f"it drops no probabilities, and dropout is {dropout}" if dropout else ""
+    return f"torch's SDPA would draw other masks than ours, and dropout is {dropout}" if dropout else ""
 
 
 def attention_in_use(precision: PrecisionConfig, dropout: float) -> str:

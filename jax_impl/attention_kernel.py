@@ -1,0 +1,383 @@
+"""Attention with dropout as three GPU kernels that never write a probability; the letters are those of `model.py`.
+
+`flash_attention` is `attention` of `attention.py`: the same masks, the same dtypes, probabilities rounded to the
+compute dtype before the second product. The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): forward keeps the
+output and the logarithm of each query's sum; backward computes the probabilities again, once for the queries' gradient
+and once for those of keys and values. Each program sums what it writes, so that no result depends on scheduling.
+
+The dropout mask is a function of (key, row, head, query, key position) alone. One Threefry block of head n's key and
+the counter (t, s // 4) gives four 16-bit numbers, low half first, for the positions s // 4 * 4 ... + 3. So that a
+thread uses all four without asking another one, a tile holds its keys in the order of `_positions`, and the four are a
+quarter of the tile apart; softmax and sums over keys do not mind. The kernels are written in Pallas for Triton, which
+jax 0.12 deprecates and still compiles.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jax_impl.products import accumulator
+
+# Threefry-2x32 as in `torch_ref/random.py`.
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+# Below every score, and finite: the difference of two infinities is not a number.
+_LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Queries and keys whose scores a program holds at once, powers of two from 16 on, and how Triton compiles it."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    query_grad: Tile
+    key_grads: Tile
+
+
+def tiles_of(head_dim: int) -> Tiles:
+    """Tiles whose kernels, compiled for an H100, spill no register; head_dim counts as the next power of two.
+
+    They need 57 KiB of shared memory up to head_dim 64, 177 KiB up to 128 and 169 KiB up to 256, of 227 there are.
+    """
+    if head_dim <= 64:
+        return Tiles(Tile(64, 64), Tile(64, 64), Tile(64, 64))
+    if head_dim <= 128:
+        return Tiles(Tile(64, 64), Tile(64, 64), Tile(128, 64, warps=8))
+    if head_dim <= 256:
+        return Tiles(Tile(64, 32), Tile(64, 32), Tile(128, 32, warps=8))
+    raise ValueError(f"head_dim={head_dim} exceeds 256, all that fits the kernel; choose precision.attention=explicit.")
+
+
+class _Settings(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    window: int | None
+    rate: float
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def threshold(self) -> int:
+        """Of 65,536 equally likely numbers those below it drop a probability."""
+        return round(self.rate * 2**16)
+
+    @property
+    def kept(self) -> float:
+        """The share of probabilities that are kept."""
+        return 1.0 - self.threshold / 2**16
+
+
+def flash_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int | None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal grouped-query attention (B, T, N, H), S = T, with dropout of probabilities at `rate` keyed by `key`.
+
+    Needs an NVIDIA GPU and a 16-bit dtype; `interpret` runs the kernels as JAX operations in any dtype, for tests.
+    """
+    words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
+    settings = _Settings(window, 0.0 if key is None else rate, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
+    if settings.threshold >= 2**16:
+        raise ValueError(f"rate={rate} drops every probability; choose one below 1 - 2^-17.")
+    return _attend(settings, words, q_BTNH, k_BSKH, v_BSKH)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: _Settings, key: jax.Array, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    return _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH)[0]
+
+
+def _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH):
+    """The output, and what backward wants."""
+    B, T, N, H = q_BTNH.shape
+    G, tile = N // k_BSKH.shape[2], settings.tiles.forward
+    of_query, of_key, of_sum = _blocks(T, G, H)
+    out_BTNH, log_sum_BNT = pl.pallas_call(
+        functools.partial(attention_forward, settings=settings),
+        grid=(_tiles(T, tile.queries), N, B),
+        in_specs=[pl.BlockSpec((2,), lambda i, n, b: (0,)), of_query, of_key, of_key],
+        out_specs=[of_query, of_sum],
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+            jax.ShapeDtypeStruct((B, N, T), accumulator(q_BTNH.dtype)),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=settings.interpret,
+    )(key, q_BTNH, k_BSKH, v_BSKH)
+    return out_BTNH, (key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT)
+
+
+def _attend_backward(settings, residuals, grad_BTNH):
+    """The gradients; the key has none."""
+    key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT = residuals
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    G, tile, wide = N // K, settings.tiles.query_grad, log_sum_BNT.dtype
+    # sum_s p_s dp_s = out . dout, which a probability's gradient is centred by.
+    centre_BNT = jnp.sum(out_BTNH.astype(wide) * grad_BTNH.astype(wide), axis=-1).swapaxes(1, 2)
+    of_query, of_key, of_sum = _blocks(T, G, H)
+    of_random = pl.BlockSpec((2,), lambda i, n, b: (0,))
+    q_grad_BTNH = pl.pallas_call(
+        functools.partial(attention_query_grad, settings=settings),
+        grid=(_tiles(T, tile.queries), N, B),
+        in_specs=[of_random, of_query, of_key, of_key, of_query, of_sum, of_sum],
+        out_specs=of_query,
+        out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=settings.interpret,
+    )(key, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, log_sum_BNT, centre_BNT)
+    # A program per key head has all its query heads.
+    tile = settings.tiles.key_grads
+    of_queries = pl.BlockSpec((None, T, None, G, H), lambda j, k, b: (b, 0, k, 0, 0))
+    of_key = pl.BlockSpec((None, T, None, H), lambda j, k, b: (b, 0, k, 0))
+    of_sums = pl.BlockSpec((None, None, G, T), lambda j, k, b: (b, k, 0, 0))
+    q_BTKGH, grad_BTKGH = (x.reshape(B, T, K, G, H) for x in (q_BTNH, grad_BTNH))
+    log_sum_BKGT, centre_BKGT = (x.reshape(B, K, G, T) for x in (log_sum_BNT, centre_BNT))
+    k_grad_BSKH, v_grad_BSKH = pl.pallas_call(
+        functools.partial(attention_key_grads, settings=settings),
+        grid=(_tiles(T, tile.keys), K, B),
+        in_specs=[of_random, of_queries, of_key, of_key, of_queries, of_sums, of_sums],
+        out_specs=[of_key, of_key],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BSKH, v_BSKH)],
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=settings.interpret,
+    )(key, q_BTKGH, k_BSKH, v_BSKH, grad_BTKGH, log_sum_BKGT, centre_BKGT)
+    return None, q_grad_BTNH, k_grad_BSKH, v_grad_BSKH
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(T: int, G: int, H: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """What a program (query tile, query head, row) sees: all of one head of q, of k or v, and of the sums."""
+    of_query = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0))
+    of_key = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n // G, 0))
+    return of_query, of_key, pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))
+
+
+def attention_forward(key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, settings: _Settings) -> None:
+    """The output of one tile of queries, and the base-2 logarithms of their sums."""
+    T, H = q_ref.shape
+    tile, wide = settings.tiles.forward, accumulator(q_ref.dtype)
+    i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    t_Q, h_H = i * tile.queries + _iota(tile.queries), _iota(_padded(H))
+    head_key = _head_key(key_ref, b * pl.num_programs(1) + n)
+    q_QH = _load(q_ref, t_Q, h_H)
+
+    def step(j, carry):
+        out_QH, highest_Q, sum_Q = carry
+        s_S = _positions(j, tile)
+        k_SH, v_SH = _load(k_ref, s_S, h_H), _load(v_ref, s_S, h_H)
+        scores_QS = _masked(_dot(q_QH, k_SH, 1, 1), i, j, tile, settings.window, -jnp.inf)
+        new_Q = jnp.maximum(highest_Q, jnp.max(scores_QS, axis=1) * _log2_scale(H))
+        probs_QS = jnp.exp2(scores_QS * _log2_scale(H) - new_Q[:, None])
+        shrink_Q = jnp.exp2(highest_Q - new_Q)
+        sum_Q = sum_Q * shrink_Q + jnp.sum(probs_QS, axis=1)
+        if settings.rate:
+            probs_QS = jnp.where(_keep(head_key, t_Q, j, tile, settings), probs_QS, 0.0)
+        out_QH = out_QH * shrink_Q[:, None] + _dot(probs_QS.astype(v_SH.dtype), v_SH, 1, 0)
+        return out_QH, new_Q, sum_Q
+
+    zero_Q = jnp.zeros(tile.queries, wide)
+    carry = jnp.zeros((tile.queries, _padded(H)), wide), zero_Q + _LOWEST, zero_Q
+    first, last = _key_tiles(i, tile, T, settings.window)
+    out_QH, highest_Q, sum_Q = jax.lax.fori_loop(first, last, step, carry)
+    _store(out_ref, t_Q, h_H, out_QH / (sum_Q * settings.kept)[:, None])
+    triton.store(log_sum_ref.at[t_Q], highest_Q + jnp.log2(sum_Q), mask=t_Q < T)
+
+
+def attention_query_grad(
+    key_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, q_grad_ref, *, settings: _Settings
+) -> None:
+    """The gradient of one tile of queries: sum_s p_s (dp_s - centre) k_s / sqrt(H), dp_s = dout . v_s / kept or 0."""
+    T, H = q_ref.shape
+    tile, wide = settings.tiles.query_grad, accumulator(q_ref.dtype)
+    i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    t_Q, h_H = i * tile.queries + _iota(tile.queries), _iota(_padded(H))
+    head_key = _head_key(key_ref, b * pl.num_programs(1) + n)
+    q_QH, grad_QH = _load(q_ref, t_Q, h_H), _load(grad_ref, t_Q, h_H)
+    log_sum_Q = triton.load(log_sum_ref.at[t_Q], mask=t_Q < T, other=0.0)
+    # Everything times `kept`, which the last line takes out.
+    centre_Q = triton.load(centre_ref.at[t_Q], mask=t_Q < T, other=0.0) * settings.kept
+
+    def step(j, q_grad_QH):
+        s_S = _positions(j, tile)
+        k_SH, v_SH = _load(k_ref, s_S, h_H), _load(v_ref, s_S, h_H)
+        probs_QS = jnp.exp2(_dot(q_QH, k_SH, 1, 1) * _log2_scale(H) - log_sum_Q[:, None])
+        probs_QS = _masked(probs_QS, i, j, tile, settings.window, 0.0)
+        grads_QS = _dot(grad_QH, v_SH, 1, 1)
+        if settings.rate:
+            grads_QS = jnp.where(_keep(head_key, t_Q, j, tile, settings), grads_QS, 0.0)
+        grads_QS = probs_QS * (grads_QS - centre_Q[:, None])
+        return q_grad_QH + _dot(grads_QS.astype(k_SH.dtype), k_SH, 1, 0)
+
+    zero_QH = jnp.zeros((tile.queries, _padded(H)), wide)
+    first, last = _key_tiles(i, tile, T, settings.window)
+    q_grad_QH = jax.lax.fori_loop(first, last, step, zero_QH)
+    _store(q_grad_ref, t_Q, h_H, q_grad_QH * (1.0 / (math.sqrt(H) * settings.kept)))
+
+
+def attention_key_grads(
+    key_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, k_grad_ref, v_grad_ref, *, settings: _Settings
+) -> None:
+    """The gradients of one tile of keys and values, summed over the query heads that share them."""
+    T, G, H = q_ref.shape
+    tile, wide = settings.tiles.key_grads, accumulator(q_ref.dtype)
+    j, k, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    s_S, h_H = _positions(j, tile), _iota(_padded(H))
+    k_SH, v_SH = _load(k_ref, s_S, h_H), _load(v_ref, s_S, h_H)
+    first, last = _query_tiles(j, tile, T, settings.window)
+
+    def head(g, carry):
+        head_key = _head_key(key_ref, (b * pl.num_programs(1) + k) * G + g)
+
+        def step(i, carry):
+            k_grad_SH, v_grad_SH = carry
+            t_Q = i * tile.queries + _iota(tile.queries)
+            q_QH, grad_QH = _load(q_ref, t_Q, h_H, g), _load(grad_ref, t_Q, h_H, g)
+            log_sum_Q = triton.load(log_sum_ref.at[g, t_Q], mask=t_Q < T, other=0.0)
+            centre_Q = triton.load(centre_ref.at[g, t_Q], mask=t_Q < T, other=0.0) * settings.kept
+            probs_QS = jnp.exp2(_dot(q_QH, k_SH, 1, 1) * _log2_scale(H) - log_sum_Q[:, None])
+            probs_QS = _masked(probs_QS, i, j, tile, settings.window, 0.0)
+            grads_QS, kept_QS = _dot(grad_QH, v_SH, 1, 1), probs_QS
+            if settings.rate:
+                keep_QS = _keep(head_key, t_Q, j, tile, settings)
+                grads_QS, kept_QS = jnp.where(keep_QS, grads_QS, 0.0), jnp.where(keep_QS, probs_QS, 0.0)
+            grads_QS = probs_QS * (grads_QS - centre_Q[:, None])
+            v_grad_SH += _dot(kept_QS.astype(grad_QH.dtype), grad_QH, 0, 0)
+            k_grad_SH += _dot(grads_QS.astype(q_QH.dtype), q_QH, 0, 0)
+            return k_grad_SH, v_grad_SH
+
+        return jax.lax.fori_loop(first, last, step, carry)
+
+    zero_SH = jnp.zeros((tile.keys, _padded(H)), wide)
+    k_grad_SH, v_grad_SH = jax.lax.fori_loop(0, G, head, (zero_SH, zero_SH))
+    _store(k_grad_ref, s_S, h_H, k_grad_SH * (1.0 / (math.sqrt(H) * settings.kept)))
+    _store(v_grad_ref, s_S, h_H, v_grad_SH * (1.0 / settings.kept))
+
+
+def _tiles(count, size: int):
+    """How many tiles of this size hold so many."""
+    return (count + size - 1) // size
+
+
+def _key_tiles(i, tile: Tile, T: int, window: int | None):
+    """First and last + 1 of the tiles of keys that query tile i sees."""
+    start, stop = i * tile.queries, jnp.minimum((i + 1) * tile.queries, T)
+    first = 0 if window is None else jnp.maximum(start - window + 1, 0) // tile.keys
+    return first, _tiles(stop, tile.keys)
+
+
+def _query_tiles(j, tile: Tile, T: int, window: int | None):
+    """First and last + 1 of the tiles of queries that see key tile j."""
+    start, stop = j * tile.keys, (j + 1) * tile.keys
+    last = T if window is None else jnp.minimum(stop + window - 1, T)
+    return start // tile.queries, _tiles(last, tile.queries)
+
+
+def _positions(j, tile: Tile) -> jax.Array:
+    """Positions of the keys of tile j in the tile's order: every fourth, then the next ones of these, and so on."""
+    c, quarter = _iota(tile.keys), tile.keys // 4
+    return j * tile.keys + c % quarter * 4 + c // quarter
+
+
+def _masked(x_QS: jax.Array, i, j, tile: Tile, window: int | None, hidden: float) -> jax.Array:
+    """x with `hidden` where query tile i does not see key tile j; nothing is computed where it sees all of it."""
+    t, s = i * tile.queries, j * tile.keys
+    partly = s + tile.keys - 1 > t
+    if window is not None:
+        partly |= s <= t + tile.queries - 1 - window
+
+    def mask(x_QS):
+        t_QS, s_QS = (t + _iota(tile.queries))[:, None], _positions(j, tile)[None, :]
+        visible_QS = s_QS <= t_QS if window is None else (s_QS <= t_QS) & (s_QS > t_QS - window)
+        return jnp.where(visible_QS, x_QS, hidden)
+
+    return jax.lax.cond(partly, mask, lambda x_QS: x_QS, x_QS)
+
+
+def _keep(head_key, t_Q: jax.Array, j, tile: Tile, settings: _Settings) -> jax.Array:
+    """Which probabilities of a tile are kept, (Q, S), by the definition above."""
+    quarter = tile.keys // 4
+    counter_S = j * quarter + _iota(quarter)
+    words = _threefry_2x32(head_key, t_Q[:, None].astype(jnp.uint32), counter_S[None, :].astype(jnp.uint32))
+    # A half is compared as the upper half of a word: what is below it does not reach the threshold's lowest bit. Both
+    # words go through one `stack`, or Triton moves each of them to another thread.
+    words = jnp.stack(words, axis=-1)
+    halves = jnp.stack([words << jnp.uint32(16), words], axis=-1)
+    return halves.transpose(0, 2, 3, 1).reshape(-1, tile.keys) >= jnp.uint32(settings.threshold << 16)
+
+
+def _head_key(key_ref, number) -> tuple[jax.Array, jax.Array]:
+    """`fold_in(key, number)`, the key of a row's head."""
+    return _threefry_2x32((key_ref[0], key_ref[1]), jnp.uint32(0), number.astype(jnp.uint32))
+
+
+def _threefry_2x32(key, x0, x1):
+    """Twenty rounds of Threefry-2x32 on uint32 counter words; the twin is in `torch_ref/random.py`."""
+    k0, k1 = key
+    schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(_PARITY))
+    x0, x1 = x0 + k0, x1 + k1
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << jnp.uint32(rotation)) | (x1 >> jnp.uint32(32 - rotation))
+            x1 = x1 ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + (schedule[(group + 2) % 3] + jnp.uint32(group + 1))
+    return x0, x1
+
+
+def _log2_scale(H: int) -> float:
+    """What turns a product of q and k into a score whose powers are of 2."""
+    return math.log2(math.e) / math.sqrt(H)
+
+
+def _padded(H: int) -> int:
+    """H as Triton wants it: a power of two, and the least that its products take."""
+    return max(16, pl.next_power_of_2(H))
+
+
+def _iota(size: int) -> jax.Array:
+    return jax.lax.iota(jnp.int32, size)
+
+
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    """The product of two matrices over these axes, accumulated in float32 or wider."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=accumulator(x.dtype))
+
+
+def _load(ref, rows, h_H, head=None) -> jax.Array:
+    """Rows of one head, (rows, padded H); zero outside."""
+    T, H = ref.shape[0], ref.shape[-1]
+    at = (rows[:, None], h_H[None, :]) if head is None else (rows[:, None], head, h_H[None, :])
+    return triton.load(ref.at[at], mask=(rows < T)[:, None] & (h_H < H)[None, :], other=0.0)
+
+
+def _store(ref, rows, h_H, value) -> None:
+    """Write rows of one head in the array's dtype."""
+    T, H = ref.shape
+    mask = (rows < T)[:, None] & (h_H < H)[None, :]
+    triton.store(ref.at[rows[:, None], h_H[None, :]], value.astype(ref.dtype), mask=mask)
