@@ -480,8 +480,8 @@ def test_the_branches_taken_go_back_to_this_machines_even_after_an_error():
 SMALL = {"model": {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 128}}
 
 
-def plan_of_the_host(out: Path, *more: str) -> dict:
-    """A small plan for this machine's processor, made by the command."""
+def command_for_the_host(out: Path, *more: str) -> subprocess.CompletedProcess:
+    """The command asked for a small plan for this machine's processor."""
     flags = [
         "--target",
         "host",
@@ -496,9 +496,13 @@ def plan_of_the_host(out: Path, *more: str) -> dict:
     ]
     flags += ["--newton_schulz", "float32", "--overrides", json.dumps(SMALL), "--out", str(out), *more]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    words = [sys.executable, "-m", "benchmarks.plan", *flags]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def plan_of_the_host(out: Path, *more: str) -> dict:
+    """Such a plan."""
+    done = command_for_the_host(out, *more)
     assert done.returncode == 0, done.stderr
     (plan,) = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
     assert Path(f"{out}.md").read_text(encoding="utf-8").strip() in done.stdout
@@ -516,3 +520,9 @@ def test_the_command_counts_this_machines_program_and_two_devices_share_its_batc
     assert two["product_flops"][parts.NEWTON_SCHULZ] == alone["product_flops"][parts.NEWTON_SCHULZ]
     assert two["collectives"]["all-reduce"]["bytes"] >= 4 * 32 * 128, "at least the head's gradient"
     assert "### against tiny, 1 x 2 x 32 tokens" in (tmp_path / "two.md").read_text(encoding="utf-8")
+
+
+def test_an_option_that_xla_does_not_know_is_one_line(tmp_path):
+    done = command_for_the_host(tmp_path / "plan", "--option", "xla_no_such=1")
+    assert done.returncode == 2 and "--option xla_no_such is unknown to this XLA" in done.stderr
+    assert not list(tmp_path.iterdir())

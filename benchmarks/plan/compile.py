@@ -6,6 +6,7 @@ looks for a driver. The CUDA plugin is registered all the same.
 
 import contextlib
 import dataclasses
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -146,7 +147,12 @@ def compile_update(
     lowered_at = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder} if target.platform == "cuda" else {}
-        compiled = lowered.compile(compiler_options=dict(options or {}) | dump)
+        try:
+            compiled = lowered.compile(compiler_options=dict(options or {}) | dump)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '([^']*)'", str(error))
+            require(unknown is None, f"--option {unknown and unknown[1]} is unknown to this XLA; choose another.")
+            raise
         compiled_at = time.perf_counter()
         code = machine_code.read(Path(folder)) if dump else {}
     return Compiled(
