@@ -342,8 +342,8 @@ class PrecisionConfig:
     matmul: Literal["default", "highest"] = "highest"
     """float32 products: highest is true float32; default lets a GPU use TF32."""
     attention: Literal["explicit", "fused"] = "explicit"
-    """explicit is this project's code, in query blocks; fused is the framework's kernel: cuDNN in JAX on a GPU, SDPA in
-    torch."""
+    """explicit goes in query blocks; fused is a kernel where there is one, else explicit: in JAX, on a GPU in 16 bits,
+    cuDNN's or with dropout this project's (`jax_impl/attention_kernel.py`); in torch SDPA, without dropout."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: a third more work in the
     blocks for less memory. XLA's CPU backend undoes most of it (docs/performance.md)."""
