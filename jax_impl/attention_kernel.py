@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_impl.products import accumulator
+from recipe.dropout import RESOLUTION, kept_share, threshold
 
 # Threefry-2x32 as in `torch_ref/random.py`.
 _PARITY = 0x1BD11BDA
@@ -73,14 +74,9 @@ class _Settings(NamedTuple):
     interpret: bool
 
     @property
-    def threshold(self) -> int:
-        """Of 65,536 equally likely numbers those below it drop a probability."""
-        return round(self.rate * 2**16)
-
-    @property
     def kept(self) -> float:
         """The share of probabilities that are kept."""
-        return 1.0 - self.threshold / 2**16
+        return kept_share(self.rate)
 
 
 def flash_attention(
@@ -100,7 +96,7 @@ def flash_attention(
     """
     words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
     settings = _Settings(window, 0.0 if key is None else rate, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
-    if settings.threshold >= 2**16:
+    if threshold(rate) >= RESOLUTION:
         raise ValueError(f"rate={rate} drops every probability; choose one below 1 - 2^-17.")
     return _attend(settings, words, q_BTNH, k_BSKH, v_BSKH)
 
@@ -126,6 +122,8 @@ def _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH):
         ],
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
+        name="attention_forward",
+        cost_estimate=_cost(2, settings, q_BTNH, k_BSKH, v_BSKH, q_BTNH),
     )(key, q_BTNH, k_BSKH, v_BSKH)
     return out_BTNH, (key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT)
 
@@ -147,6 +145,8 @@ def _attend_backward(settings, residuals, grad_BTNH):
         out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
+        name="attention_query_grad",
+        cost_estimate=_cost(3, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, q_BTNH),
     )(key, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, log_sum_BNT, centre_BNT)
     # A program per key head has all its query heads.
     tile = settings.tiles.key_grads
@@ -163,11 +163,21 @@ def _attend_backward(settings, residuals, grad_BTNH):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BSKH, v_BSKH)],
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
+        name="attention_key_grads",
+        cost_estimate=_cost(4, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, k_BSKH, v_BSKH),
     )(key, q_BTKGH, k_BSKH, v_BSKH, grad_BTKGH, log_sum_BKGT, centre_BKGT)
     return None, q_grad_BTNH, k_grad_BSKH, v_grad_BSKH
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _cost(products: int, settings: _Settings, q_BTNH: jax.Array, *others: jax.Array) -> pl.CostEstimate:
+    """So many products of visible pairs, each pair's exponential, every array once."""
+    B, T, N, H = q_BTNH.shape
+    visible = B * N * sum(min(t + 1, settings.window or T) for t in range(T))
+    moved = sum(array.size * array.dtype.itemsize for array in (q_BTNH, *others))
+    return pl.CostEstimate(flops=2 * products * visible * H, transcendentals=visible, bytes_accessed=moved)
 
 
 def _blocks(T: int, G: int, H: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
@@ -327,7 +337,7 @@ def _keep(head_key, t_Q: jax.Array, j, tile: Tile, settings: _Settings) -> jax.A
     # words go through one `stack`, or Triton moves each of them to another thread.
     words = jnp.stack(words, axis=-1)
     halves = jnp.stack([words << jnp.uint32(16), words], axis=-1)
-    return halves.transpose(0, 2, 3, 1).reshape(-1, tile.keys) >= jnp.uint32(settings.threshold << 16)
+    return halves.transpose(0, 2, 3, 1).reshape(-1, tile.keys) >= jnp.uint32(threshold(settings.rate) << 16)
 
 
 def _head_key(key_ref, number) -> tuple[jax.Array, jax.Array]:

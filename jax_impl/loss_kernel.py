@@ -116,7 +116,15 @@ def _call(kernel: Callable, out_shape, x_MD: jax.Array, head_VD: jax.Array, *arr
         compiler_params=COMPILER,
         interpret=machine().interprets_kernels,
         name=kernel.__name__.strip("_"),
+        cost_estimate=_cost(x_MD, head_VD, *arrays_M, *jax.tree.leaves(out_shape)),
     )(x_MD, head_VD, *arrays_M)
+
+
+def _cost(x_MD, head_VD, *others) -> pl.CostEstimate:
+    """Every logit once: its product and its exponential."""
+    (M, D), V = x_MD.shape, head_VD.shape[0]
+    moved = sum(array.size * array.dtype.itemsize for array in (x_MD, head_VD, *others))
+    return pl.CostEstimate(flops=2 * M * V * D, transcendentals=M * V, bytes_accessed=moved)
 
 
 def _normalizers_kernel(x_ref, head_ref, targets_ref, peak_ref, total_ref, hit_ref, before_ref):

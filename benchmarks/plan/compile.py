@@ -189,7 +189,9 @@ def estimates(jaxpr) -> dict[tuple, Estimate]:
         if equation.primitive.name == "pallas_call" and (cost := equation.params.get("cost_estimate")) is not None:
             name = equation.params["name"]
             results = tuple(tuple(x.aval.shape) for x in equation.outvars)
-            found[name, results] = Estimate(name, results, float(cost.flops), float(cost.bytes_accessed))
+            found[name, results] = Estimate(
+                name, results, float(cost.flops), float(cost.bytes_accessed), cost.transcendentals
+            )
         for inner in _inner(equation):
             found |= estimates(inner)
     return found

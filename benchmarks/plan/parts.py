@@ -13,6 +13,7 @@ from typing import NamedTuple
 from benchmarks.plan.program import Launch, Program
 from benchmarks.plan.targets import Rates
 from recipe.config import ModelConfig, RunConfig
+from recipe.dropout import DECISIONS
 from recipe.params import param_specs
 
 NEWTON_SCHULZ, HEAD, ATTENTION, LINEAR = "Newton-Schulz", "head and loss", "attention", "linear layers"
@@ -23,7 +24,7 @@ RULES = {
     NEWTON_SCHULZ: r"newton_schulz\.|\w+\.orthogonalize",
     HEAD: r"\w*loss\w*\.",
     ATTENTION: r"\w*(attention|flash)\w*\.",
-    MASKS: r"random\.(keep_mask|bits|fold_in|key)",
+    MASKS: r"random\.(decisions|keep_mask|bits|fold_in|key)",
     LINEAR: r"model\.Linear",
     "SwiGLU": r"model\.(swiglu|Qwen3MLP)",
     "norms, RoPE, residuals": r"model\.(rms_norm|RMSNorm|apply_rope|Qwen3Attention|Qwen3DecoderLayer|Qwen3Model)",
@@ -72,7 +73,7 @@ class Work(NamedTuple):
     rate: str = "products"
     """The field of `Rates` that bounds it."""
     words: float = 0.0
-    """32-bit words of Threefry."""
+    """Blocks of Threefry."""
 
 
 def _visible(queries: int, keys: int, window: int) -> float:
@@ -112,6 +113,7 @@ class Estimate:
     results: tuple[tuple[int, ...], ...]
     flops: float
     bytes: float
+    transcendentals: float = 0.0
 
 
 def work(launch: Launch, model: ModelConfig, estimates: Mapping[tuple, Estimate] | None = None) -> Work | None:
@@ -125,8 +127,9 @@ def work(launch: Launch, model: ModelConfig, estimates: Mapping[tuple, Estimate]
         estimate = (estimates or {}).get(key)
         if estimate is None:
             return None
-        backward = "transpose(" in launch.instruction.op_name
-        return Work(estimate.flops, f"attention_{_way(backward)}" if part(launch, model) == ATTENTION else "products")
+        # Attention's kernels make the masks inside: a Threefry block for four probabilities, as many as exponentials.
+        drops = model.dropout and part(launch, model) == ATTENTION
+        return Work(estimate.flops, "kernels", estimate.transcendentals / DECISIONS if drops else 0.0)
     wide = any("f32" in (product.left.dtype, product.right.dtype) for product in launch.products)
     return Work(launch.flops, "wide_products" if wide else "products", launch.words)
 

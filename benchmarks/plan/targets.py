@@ -28,8 +28,10 @@ class Rates:
     attention_forward: float
     """FLOP/s of fused causal attention, masked scores not counted."""
     attention_backward: float
+    kernels: float
+    """FLOP/s of products in kernels of our own."""
     threefry: float | None
-    """32-bit words/s, each from a Threefry-2x32 block of its own; None where nobody has counted."""
+    """Threefry-2x32 blocks/s; None where nobody has counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,7 @@ H100 = Target(
         least=2e-6,
         attention_forward=550e12,
         attention_backward=420e12,
+        kernels=500e12,
         threefry=132 * INTEGER_LANES * CLOCK / THREEFRY_INSTRUCTIONS,
     ),
     description=H100_PROTO,
@@ -161,6 +164,7 @@ def _tpu(name: str, kind: str, *, tflops: float, gigabytes: float, links: float,
             least=1e-6,
             attention_forward=products,
             attention_backward=products,
+            kernels=products,
             threefry=None,
         ),
         topologies=topologies,
