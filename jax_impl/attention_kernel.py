@@ -5,11 +5,11 @@ compute dtype before the second product. The algorithm is FlashAttention-2 (Dao,
 output and the logarithm of each query's sum; backward computes the probabilities again, once for the queries' gradient
 and once for those of keys and values. Each program sums what it writes, so that no result depends on scheduling.
 
-The dropout mask is a function of (key, row, head, query, key position) alone. One Threefry block of head n's key and
-the counter (t, s // 4) gives four 16-bit numbers, low half first, for the positions s // 4 * 4 ... + 3. So that a
-thread uses all four without asking another one, a tile holds its keys in the order of `_positions`, and the four are a
-quarter of the tile apart; softmax and sums over keys do not mind. The kernels are written in Pallas for Triton, which
-jax 0.12 deprecates and still compiles.
+The dropout mask of a row's head n is that of `recipe.dropout` under the key `fold_in(key, row * N + n)`, queries by
+keys: one Threefry block with counter words (t, s // 4) decides for four neighbouring keys. So that a thread uses all
+four without asking another one, a tile holds its keys in the order of `_positions`, and the four are a quarter of the
+tile apart; softmax and sums over keys do not mind. The kernels are written in Pallas for Triton, which jax 0.12
+deprecates and still compiles.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ def flash_attention(
     """
     words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
     settings = _Settings(window, 0.0 if key is None else rate, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
-    if threshold(rate) >= RESOLUTION:
+    if threshold(settings.rate) >= RESOLUTION:
         raise ValueError(f"rate={rate} drops every probability; choose one below 1 - 2^-17.")
     return _attend(settings, words, q_BTNH, k_BSKH, v_BSKH)
 

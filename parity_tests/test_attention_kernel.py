@@ -15,10 +15,12 @@ import pytest
 import torch
 from jax.sharding import AbstractMesh, AxisType
 
+import jax_impl.attention
 import torch_ref.attention
 from jax_impl.attention_kernel import Tile, Tiles, flash_attention, tiles_of
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import check, check_all
+from recipe.dropout import threshold
 from torch_ref.random import threefry_2x32
 
 KEY = (5, 4_000_000_007)
@@ -67,10 +69,6 @@ def exact(x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
 
-def threshold(rate: float) -> int:
-    return round(rate * 2**16)
-
-
 def keep_mask(case: Case) -> np.ndarray:
     """The definition, (B, N, T, S): half s % 4 of the words of (head key, t, s // 4) reaches the threshold."""
     t, s = np.indices((case.T, case.T))
@@ -94,7 +92,7 @@ def explicit(case: Case) -> dict[str, np.ndarray]:
         first=0,
         window=case.window,
         keep_XGTS=None if keep_BNTS is None else torch.tensor(keep_BNTS.reshape(B * K, N // K, T, T)),
-        rate=threshold(case.rate) / 2**16,
+        rate=case.rate,
     )
     out_BTNH = out_XGTH.reshape(B, N, T, H).transpose(1, 2)
     grads = torch.autograd.grad(out_BTNH, (q, k, v), torch.tensor(case.arrays["grad"]))
@@ -208,6 +206,17 @@ def test_tiles_change_nothing_but_the_order_of_sums():
     name = "group of four"
     truths, limits = truth_and_limits(name, "float64")
     check_all(kernel(CASES[name], "float64", tiles=Tiles(WIDE, MIXED, LONG)), truths, limits.get)
+
+
+@pytest.mark.parametrize("name", ["group of four", "window of 64"])
+def test_explicit_attention_has_the_same_masks(name):
+    """Under the same key; the other implementation is this side's own."""
+    case = CASES[name]
+    truths, limits = truth_and_limits(name, "float64")
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(case.arrays[each]) for each in "qkv")
+        out = jax_impl.attention.attention(q, k, v, window=case.window, rate=case.rate, key=our_key())
+    check(name, out, truths["out"], limits["out"])
 
 
 def test_it_goes_through_jit_checkpoint_and_vmap():
