@@ -34,6 +34,18 @@ REAL = {"one-more": (129, 2049, 65), "multiples": (128, 2304, 384), "small": (14
 SMALL = {"ragged": (35, 150, 42), "even": (48, 96, 32), "last-tile-of-one": (17, 129, 8)}
 
 
+@pytest.fixture(autouse=True)
+def device(request):
+    """The CPU, even where JAX has a GPU; but for the test that is about one."""
+    if "gpu" in request.keywords:
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU, JAX has {jax.default_backend()}")
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles at small sizes. JAX keeps a traced kernel by its shapes, so no test of real tiles has the same."""
@@ -190,16 +202,21 @@ def test_chunks_change_nothing(tokens_at_once, small_tiles, monkeypatch):
     check_all(evaluate(loss_kernel, x, head, targets, "float64")[0], truths, limits.get)
 
 
-def shapes(jaxpr):
-    """(shape, dtype) of all that is computed outside of kernels, loops and calls included."""
+def equations(jaxpr, outside_of: str = ""):
+    """Every equation, those inside calls and loops too, but not inside the named primitive."""
     for equation in jaxpr.eqns:
+        yield equation
+        for value in () if equation.primitive.name == outside_of else equation.params.values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner, outside_of)
+
+
+def shapes(function, *args):
+    """(shape, dtype) of all that is computed outside of kernels."""
+    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr, outside_of="pallas_call"):
         yield from ((variable.aval.shape, str(variable.aval.dtype)) for variable in equation.outvars)
-        if equation.primitive.name != "pallas_call":
-            for value in equation.params.values():
-                for part in value if isinstance(value, list | tuple) else [value]:
-                    inner = getattr(part, "jaxpr", part)
-                    if hasattr(inner, "eqns"):
-                        yield from shapes(inner)
 
 
 def test_logits_are_held_nowhere(monkeypatch):
@@ -209,11 +226,29 @@ def test_logits_are_held_nowhere(monkeypatch):
     x, head, targets = (
         jax.ShapeDtypeStruct(s, t) for s, t in (((M, D), "bfloat16"), ((V, D), "float32"), ((M,), "int32"))
     )
-    gradients = jax.make_jaxpr(jax.value_and_grad(loss.cross_entropy, argnums=(0, 1)))(x, head, targets)
-    seen = {(shape, dtype) for shape, dtype in shapes(gradients.jaxpr) if V in shape and D not in shape}
+    gradients = jax.value_and_grad(loss.cross_entropy, argnums=(0, 1))
+    seen = {found for found in shapes(gradients, x, head, targets) if V in found[0] and D not in found[0]}
     assert seen == {((rows, V), "bfloat16")}
-    losses = jax.make_jaxpr(loss.token_losses)(x, head, targets)
-    assert not [shape for shape, _ in shapes(losses.jaxpr) if V in shape and D not in shape]
+    losses = list(shapes(lambda *args: loss.token_losses(*args), x, head, targets))
+    assert losses and not [shape for shape, _ in losses if V in shape and D not in shape]
+
+
+@pytest.mark.parametrize("sizes", [(35, 150, 42), (48, 96, 32), (35, 96, 32), (48, 150, 32)], ids=str)
+def test_nothing_is_touched_outside_of_an_array(sizes, small_tiles):
+    """Interpreted, a store beyond the end is lost, and on a GPU it is not: all that can leave its array has a mask."""
+    x, head, targets = operands(*sizes)
+    traced = jax.make_jaxpr(lambda *args: loss_kernel.loss_and_gradients(*args))(x, head, targets)
+    masked = []
+    for equation in equations(traced.jaxpr):
+        if equation.primitive.name in ("masked_load", "masked_swap"):
+            ref, _, *rest = jax.tree.unflatten(equation.params["args_tree"], equation.invars)
+            mask = rest[0 if equation.primitive.name == "masked_load" else 1]
+            tile = equation.outvars[0].aval.shape
+            leaves = any(whole % part for whole, part in zip(ref.aval.shape, tile, strict=True))
+            assert (mask is not None) == leaves, f"{equation}"
+            masked.append(leaves)
+    # x, head and targets twice, three more numbers of a token; four results and the gradient.
+    assert len(masked) == 2 * 3 + 3 + 4 + 1 and any(masked) == (sizes != (48, 96, 32))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
@@ -233,10 +268,11 @@ def test_another_generation_of_gpu_has_the_chunks(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    assert backend.machine() == backend.GPU
-    for capability in ("8.0", "8.9", "10.0", "12.0", "gfx942"):
-        monkeypatch.setattr(Device, "compute_capability", capability)
-        assert backend.machine() == dataclasses.replace(backend.GPU, loss_kernel_up_to=0)
+    with jax.default_device(None):
+        assert backend.machine() == backend.GPU
+        for capability in ("8.0", "8.9", "10.0", "12.0", "gfx942"):
+            monkeypatch.setattr(Device, "compute_capability", capability)
+            assert backend.machine() == dataclasses.replace(backend.GPU, loss_kernel_up_to=0)
 
 
 def test_it_can_be_mapped_and_computed_again(in_kernel, small_tiles):
@@ -273,7 +309,10 @@ def test_the_model_trains_and_evaluates_with_it(name, in_kernel):
 
 
 # jax 0.11 and 0.12 say that Pallas's Triton backend will go; until it does nothing else compiles these kernels.
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+DEPRECATED = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@DEPRECATED
 @pytest.mark.parametrize("sizes", [(12288, 49152, 384), (8192, 151936, 1024), (300, 257, 40)], ids=str)
 def test_it_is_lowered_for_a_gpu_without_one(sizes, monkeypatch):
     """Two calls of Triton and two products, both of bfloat16; no array of logits."""
@@ -292,3 +331,12 @@ def test_it_is_lowered_for_a_gpu_without_one(sizes, monkeypatch):
     assert text.count("stablehlo.dot_general") == 2 and losses.count("stablehlo.dot_general") == 0
     # In float32 only the gradient of the head has an axis of V.
     assert set(re.findall(rf"(\d+)x{V}xf32>", text)) == {str(D)} and f"x{V}xf32>" not in losses
+
+
+@pytest.mark.gpu
+@DEPRECATED
+@pytest.mark.parametrize("sizes", [(300, 257, 40), (200, 49152, 384), (130, 20001, 1024)], ids=str)
+def test_compiled_on_a_gpu(sizes, monkeypatch):
+    """As on the CPU, and against the chunks there."""
+    monkeypatch.setitem(backend.MACHINES, "gpu", dataclasses.replace(backend.GPU, loss_kernel_up_to=0))
+    judge(sizes, "bfloat16")
