@@ -70,6 +70,8 @@ STAGES: dict[str, dict[str, str]] = {
         "plan-qwen3-0.6b": f"{MEASURED} --preset qwen3-0.6b --batch_size 2 --sequence_length 4096",
     },
     "seed": {"seed": f"{SEED} --modes jax,torch-eager,torch-compile,hf,seed --shares True"},
+    "seed-lce": {"seed-lce": f"{SEED} --modes jax,torch-eager-lce,torch-compile-lce"},
+    "seed-dropout": {"seed-dropout": f"{SEED} --modes jax,torch-eager,torch-compile --dropout 0.1 --shares True"},
     "seed-max": {"seed-max": f"{SEED} --modes jax,torch-eager,torch-compile-max"},
     "seed-xla": {
         f"seed-xla-{name}": f"{SEED} --modes jax --xla_preset {name}"
@@ -78,6 +80,7 @@ STAGES: dict[str, dict[str, str]] = {
     "seed-sweep": {"seed-sweep": f"{SEED} --modes jax,torch-eager --batch_size 8,24,72 --rounds 2"},
     "qwen3": {"qwen3": f"{QWEN3} --modes jax,torch-eager --shares True"},
     "qwen3-torch": {"qwen3-torch": f"{QWEN3} --modes torch-eager,torch-compile,hf"},
+    "qwen3-lce": {"qwen3-lce": f"{QWEN3} --modes torch-eager-lce,torch-compile-lce"},
     "qwen3-max": {"qwen3-max": f"{QWEN3} --modes torch-eager,torch-compile-max"},
     "qwen3-sweep": {"qwen3-sweep": f"{QWEN3} --modes jax --batch_size 1,2,4,8 --rounds 2"},
     # The batch is small because only the optimizer's parts are of interest.

@@ -192,7 +192,7 @@ def count_update(config: RunConfig, mode: str, rates: Rates) -> dict[str, Sum]:
     FusedAttention.counter = ChunkedLoss.counter = counter
     own = reference_model.fused_attention, reference_model.cross_entropy
 
-    def fused(q_BTNH, k_BSKH, v_BSKH, *, window):
+    def fused(q_BTNH, k_BSKH, v_BSKH, *, window, **_):
         FusedAttention.window = window
         return FusedAttention.apply(q_BTNH, k_BSKH, v_BSKH)
 

@@ -326,7 +326,7 @@ class SeedSide(AutocastSide):
         config = self.config
         require(config.model.sliding_window is None, "mode seed has no sliding window; drop the mode or the window.")
         # This process runs no other mode, so the model may be given the notebook's attention for its own.
-        reference_model.fused_attention = self.attend
+        reference_model.fused_attention = lambda *qkv, window, **_: self.attend(*qkv, window=window)
         precision = dataclasses.replace(config.precision, compute="float32", attention="fused")
         return from_hf(weights, config.model, precision, self.device)
 

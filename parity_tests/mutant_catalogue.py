@@ -286,8 +286,8 @@ MUTANTS = (
     Mutant(
         "polynomial summed in bfloat16 with rounded coefficients",
         NS,
-        '(b * gram.astype(wide) + c * matmul("...ij,...jk->...ik", gram, gram)).astype(dtype)',
-        'b * gram + c * matmul("...ij,...jk->...ik", gram, gram).astype(dtype)',
+        '(b * gram.astype(wide) + c * summand("...ij,...jk->...ik", gram, gram)).astype(dtype)',
+        'b * gram + c * summand("...ij,...jk->...ik", gram, gram).astype(dtype)',
         ORTHO,
     ),
     Mutant("no transpose of tall matrices", NS, "tall = x_OI.shape[-2] > x_OI.shape[-1]", "tall = False", ORTHO),

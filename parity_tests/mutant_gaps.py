@@ -624,8 +624,8 @@ PRECISION = (
         "precision",
         "Newton-Schulz's last sum rounded twice",
         "jax_impl.newton_schulz",
-        "return (a * x.astype(wide) + matmul",
-        "return ((a * x.astype(wide)).astype(dtype) + matmul",
+        "return (a * x.astype(wide) + summand",
+        "return ((a * x.astype(wide)).astype(dtype) + summand",
         PROMISES,
     ),
     slip(

@@ -272,7 +272,7 @@ def test_another_generation_of_gpu_has_the_chunks(monkeypatch):
         assert backend.machine() == backend.GPU
         for capability in ("8.0", "8.9", "10.0", "12.0", "gfx942"):
             monkeypatch.setattr(Device, "compute_capability", capability)
-            assert backend.machine() == dataclasses.replace(backend.GPU, loss_kernel_up_to=0)
+            assert backend.machine() == dataclasses.replace(backend.GPU, loss_kernel_up_to=0, attention_kernel=False)
 
 
 def test_it_can_be_mapped_and_computed_again(in_kernel, small_tiles):

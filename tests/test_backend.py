@@ -113,7 +113,7 @@ def test_a_run_says_what_runs():
     assert environment["machine"] == dataclasses.asdict(backend.CPU) and environment["attention"] == "explicit"
     json.dumps(environment)  # goes into run.json
     said = [line for line in describe(config, environment) if line.startswith("attention")]
-    why = "the kernel with dropout needs an NVIDIA GPU, this is a cpu"
+    why = "the kernel with dropout needs an NVIDIA GPU of compute capability 9.0, this is a cpu"
     assert said == [f"attention  explicit in training, although fused is asked for: {why}"]
     plain = dataclasses.replace(config, precision=PrecisionConfig())
     assert not [line for line in describe(plain, environment) if line.startswith("attention")]

@@ -26,7 +26,7 @@ def test_every_mode_is_timed_at_both_models():
 def test_no_stage_is_unknown_and_mistakes_are_named():
     assert gpu.GpuConfig().stages == list(gpu.STAGES)
     assert gpu.GpuConfig(stage="seed,tests").stages == ["seed", "tests"]
-    with pytest.raises(ValueError, match="--stage sed is unknown; choose from tests, seed, "):
+    with pytest.raises(ValueError, match="--stage sed is unknown; choose from tests, plan, seed, "):
         gpu.GpuConfig(stage="sed")
     with pytest.raises(ValueError, match="--limit 0 must be at least 1"):
         gpu.GpuConfig(limit=0)

@@ -290,7 +290,7 @@ def test_a_kernel_written_by_hand_has_the_work_it_states(monkeypatch):
     assert single(opaque).kernel == "my_path"
     assert parts.work(launch, TINY) is None, "nobody states it"
     stated = {("my_kernel", ((3, 7),)): Estimate("my_kernel", ((3, 7),), 210.0, 72.0)}
-    assert parts.work(launch, TINY, stated) == Work(210.0)
+    assert parts.work(launch, TINY, stated) == Work(210.0, "kernels")
     monkeypatch.setitem(parts.KERNELS, "my_k", lambda launch: Work(1.0, words=launch.bytes))
     assert parts.work(launch, TINY, stated) == Work(1.0, "products", 72), "a formula goes before an estimate"
 
@@ -306,7 +306,7 @@ def test_a_pallas_kernels_estimate_is_read_from_the_traced_program():
         return jax.lax.map(pl.pallas_call(kernel, out_shape=shape, name="copy", cost_estimate=cost), x)
 
     traced = jax.make_jaxpr(jax.jit(f))(jax.ShapeDtypeStruct((3, 4, 8), jnp.float32))
-    assert estimates(traced.jaxpr) == {("copy", ((4, 8),)): Estimate("copy", ((4, 8),), 12.0, 34.0)}
+    assert estimates(traced.jaxpr) == {("copy", ((4, 8),)): Estimate("copy", ((4, 8),), 12.0, 34.0, 5.0)}
 
 
 def test_cudnns_attention_counts_the_visible_scores():

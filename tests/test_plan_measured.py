@@ -5,14 +5,12 @@ import subprocess
 import sys
 from types import SimpleNamespace as Space
 
-import pytest
-
 from benchmarks.plan.measured import by_part, kernel_seconds, profile_events, reached
 
 STEP = "jit_train_step"
 EVENTS = [
-    *((STEP, "fusion.1", 3e-3), (STEP, "fusion.1", 1e-3), (STEP, "while.1", 9e-3)),
-    *(("jit_other", "fusion.1", 5e-3), (STEP, "gemm.2", 8e-3)),
+    *((STEP, "fusion.1", 3.0), (STEP, "fusion.1", 1.0), (STEP, "while.1", 9.0)),
+    *(("jit_other", "fusion.1", 5.0), (STEP, "gemm.2", 8.0)),
 ]
 
 
@@ -30,27 +28,26 @@ def cost(
 
 
 FOUND = [
-    cost("fusion.1", "norms", times=2, seconds=1e-3, size=4e9),
-    cost("gemm.2", "linear", times=1, seconds=4e-3, flops=8e12, memory=False),
-    cost("copy.3", "norms", times=1, seconds=1e-5, size=1e3),
+    cost("fusion.1", "norms", times=2, seconds=1.0, size=64.0),
+    cost("gemm.2", "linear", times=1, seconds=4.0, flops=512.0, memory=False),
+    cost("copy.3", "norms", times=1, seconds=0.25, size=8.0),
 ]
 
 
 def test_only_launches_of_the_training_step_count():
-    assert kernel_seconds(EVENTS, ["fusion.1", "gemm.2", "copy.3"]) == {"fusion.1": pytest.approx(4e-3), "gemm.2": 8e-3}
+    assert kernel_seconds(EVENTS, ["fusion.1", "gemm.2", "copy.3"]) == {"fusion.1": 4.0, "gemm.2": 8.0}
 
 
 def test_parts_add_up_their_instructions():
-    seconds = kernel_seconds(EVENTS, ["fusion.1", "gemm.2"])
-    parts = by_part(FOUND, seconds)
+    parts = by_part(FOUND, kernel_seconds(EVENTS, ["fusion.1", "gemm.2"]))
     assert list(parts) == ["linear", "norms"], "the longest first"
-    assert parts["norms"] == pytest.approx({"launches": 3, "paper": 2.01e-3, "measured": 4e-3})
-    assert parts["linear"] == pytest.approx({"launches": 1, "paper": 4e-3, "measured": 8e-3})
+    assert parts["norms"] == {"launches": 3, "paper": 2.25, "measured": 4.0}
+    assert parts["linear"] == {"launches": 1, "paper": 4.0, "measured": 8.0}
 
 
 def test_what_each_resource_reached_is_work_over_time():
-    # 2 launches of 4 GB in 4 ms; 8 TFLOP in 8 ms; a launch of which nothing was seen says nothing.
-    assert reached(FOUND, {"fusion.1": 4e-3, "gemm.2": 8e-3}) == pytest.approx({"memory": 2e12, "products": 1e15})
+    # 2 launches of 64 bytes in 4 s; 512 FLOP in 8 s; a launch of which nothing was seen says nothing.
+    assert reached(FOUND, {"fusion.1": 4.0, "gemm.2": 8.0}) == {"memory": 32.0, "products": 64.0}
     assert reached(FOUND, {"fusion.1": 1e-5}) == {}, "too short"
 
 

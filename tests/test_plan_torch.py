@@ -34,11 +34,10 @@ def test_products_are_those_of_the_formula(counts, kind):
     """Three micro-batches and an optimizer, counted from two: exactly the formula's FLOPs, part by part."""
     parts, by_part = counts[kind]["parts"], job.part_flops(config())
     assert parts["head and loss"]["flops"] == by_part["cross_entropy"]
-    assert parts["attention"]["flops"] == pytest.approx(by_part["attention"] * 7 / 6), "the scores are computed again"
+    assert 6 * parts["attention"]["flops"] == 7 * by_part["attention"], "the scores are computed again"
     assert parts["clip, Muon, AdamW"]["flops"] == by_part["newton_schulz"]
-    assert sum(part["flops"] for part in parts.values()) - parts["attention"]["flops"] == pytest.approx(
-        job.flops_per_update(config()) - by_part["attention"], rel=1e-12
-    )
+    rest = sum(part["flops"] for part in parts.values()) - parts["attention"]["flops"]
+    assert rest == job.flops_per_update(config()) - by_part["attention"]
 
 
 def test_chunks_of_logits_move_less_and_dropout_and_scores_move_more(counts):
@@ -46,7 +45,7 @@ def test_chunks_of_logits_move_less_and_dropout_and_scores_move_more(counts):
     assert moved["lce"] < moved["plain"] < min(moved["dropout"], moved["explicit"])
     assert "dropout masks" in counts["dropout"]["parts"] and "dropout masks" not in counts["plain"]["parts"]
     for count in counts.values():
-        assert count["seconds"] == pytest.approx(sum(part["seconds"] for part in count["parts"].values()))
+        assert count["seconds"] == sum(part["seconds"] for part in count["parts"].values())
         assert 0 < count["mfu"] < 1
 
 

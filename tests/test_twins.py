@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 JAX, TORCH = ROOT / "jax_impl", ROOT / "torch_ref"
 
-ONE_SIDED_FILES = {"backend.py": "what is fast on one machine is a matter of JAX's alone"}
+ONE_SIDED_FILES = {
+    "attention_kernel.py": "a GPU's attention with dropout; torch has no such kernel",
+    "backend.py": "what is fast on one machine is a matter of JAX's alone",
+    "loss_kernel.py": "a GPU's loss in tiles; torch has no such kernel",
+}
 ONE_SIDED = {
     "attention.py": {"chunk_count": "XLA must be told to stay in the caches"},
     "generate.py": {
@@ -42,6 +46,7 @@ ONE_SIDED = {
     "random.py": {
         "Key": "jax.random has a type of its own",
         "threefry_2x32": "jax.random brings Threefry, torch does not",
+        "decisions": "JAX keeps four decisions a byte for its backward pass; torch makes its mask in one step",
     },
     "weights.py": {
         "Params": "in torch a module holds its parameters",

@@ -14,9 +14,17 @@ QUERY_BLOCK = 128
 
 
 def fused_attention(
-    q_BTNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, *, window: int | None
+    q_BTNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    *,
+    window: int | None,
+    rate: float = 0.0,
+    key: random.Key | None = None,
 ) -> torch.Tensor:
-    """`attention` through torch's SDPA, without dropout: it would draw masks of its own."""
+    """`attention` through torch's SDPA; ValueError with dropout, whose masks it does not have (`why_not_fused`)."""
+    if key is not None and rate > 0.0:
+        raise ValueError(f"SDPA cannot drop probabilities by our masks, and rate is {rate}; call attention instead.")
     position = torch.arange(q_BTNH.shape[1], device=q_BTNH.device)
     mask = None if window is None else visible(position[:, None], position[None, :], window)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))

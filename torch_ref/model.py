@@ -125,11 +125,10 @@ class Qwen3Attention(nn.Module):
         rate = 0.0 if dropout_key is None else self.rate
         if cache is not None and cache.position_B is not None:
             out_BTNH = cache.attend(self.layer, q_BTNH, window=self.window)
-        elif attention_in_use(self.precision, rate) == "fused":
-            out_BTNH = fused_attention(q_BTNH, k_BSKH, v_BSKH, window=self.window)
         else:
             site_key = random.fold_in(dropout_key, self.layer, random.ATTENTION_PROBABILITIES) if rate else None
-            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, window=self.window, rate=rate, key=site_key)
+            attend = fused_attention if attention_in_use(self.precision, rate) == "fused" else attention
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=self.window, rate=rate, key=site_key)
         return self.o_proj(out_BTNH.reshape(B, T, -1))
 
 

@@ -190,7 +190,7 @@ def estimates(jaxpr) -> dict[tuple, Estimate]:
             name = equation.params["name"]
             results = tuple(tuple(x.aval.shape) for x in equation.outvars)
             found[name, results] = Estimate(
-                name, results, float(cost.flops), float(cost.bytes_accessed), cost.transcendentals
+                name, results, float(cost.flops), float(cost.bytes_accessed), float(cost.transcendentals)
             )
         for inner in _inner(equation):
             found |= estimates(inner)
