@@ -40,7 +40,9 @@ class Machine:
     loss_kernel_up_to: int
     """Hidden size up to which the loss in a 16-bit dtype is `loss_kernel`'s; 0: never. The kernel makes every logit a
     second time, 2 D FLOPs, and spares writing it in float32 and reading that twice, 12 bytes: at F FLOP/s and B bytes/s
-    this pays up to D = 6 F/B, 1,200 on an H100 (600e12, 3e12), for which its tiles are cut."""
+    this pays up to D = 6 F/B, 1,000 on an H100 (500e12, 3e12), for which its tiles are cut."""
+    reduces_pairs: bool
+    """Whether XLA reduces two arrays by one function as fast as one; on a GPU it does, and a pass is what counts."""
     interprets_kernels: bool
     """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
     attention_kernel: bool
@@ -65,6 +67,7 @@ CPU = Machine(
     holds_wide=True,
     cudnn=False,
     loss_kernel_up_to=0,
+    reduces_pairs=False,
     interprets_kernels=True,
     attention_kernel=False,
     compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
@@ -79,8 +82,9 @@ GPU = Machine(
     lays_out_products=False,
     holds_wide=False,
     cudnn=True,
-    loss_kernel_up_to=1200,
+    loss_kernel_up_to=1000,
     attention_kernel=True,
+    reduces_pairs=True,
     interprets_kernels=False,
     # XLA would join gate with up and q with k and v, then copy slices out and concatenate their gradients.
     compiler_options=(("xla_gpu_dot_merger_threshold_mb", "0"),),

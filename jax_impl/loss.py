@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_impl.backend import machine
-from jax_impl.products import accumulator, in_memory, product
+from jax_impl.products import accumulator, gradient_like, in_memory, product
 
 
 @functools.partial(jax.custom_vjp)
@@ -47,6 +47,26 @@ def _kernel(x_MD):
     return loss_kernel
 
 
+def peak_and_total(logits_MV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """max_v logit_v and sum_v exp(logit_v - max), both (M, 1); where the machine likes it, of one pass over the logits.
+
+    One pass is online softmax (Milakov and Gimelshein, arXiv:1805.02867).
+    """
+    if not machine().reduces_pairs:
+        peak = jnp.max(logits_MV, axis=-1, keepdims=True)
+        return peak, jnp.sum(jnp.exp(logits_MV - peak), axis=-1, keepdims=True)
+
+    def merge(one, other):
+        peak = jnp.maximum(one[0], other[0])
+        return peak, one[1] * jnp.exp(one[0] - peak) + other[1] * jnp.exp(other[0] - peak)
+
+    # The lowest number instead of -inf, whose difference from itself is none.
+    lowest = jnp.array(jnp.finfo(logits_MV.dtype).min, logits_MV.dtype)
+    pairs, start = (logits_MV, jnp.ones_like(logits_MV)), (lowest, jnp.zeros((), logits_MV.dtype))
+    peak, total = jax.lax.reduce(pairs, start, merge, (1,))
+    return peak[:, None], total[:, None]
+
+
 def _chunks(x_MD, targets_M):
     """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
     M, D = x_MD.shape
@@ -60,7 +80,8 @@ def _chunks(x_MD, targets_M):
 
 def _cross_entropy_forward(x_MD, head_VD, targets_M):
     if kernel := _kernel(x_MD):
-        return kernel.loss_and_gradients(x_MD, head_VD, targets_M)
+        loss, (grad_x_MD, grad_head_VD) = kernel.loss_and_gradients(x_MD, head_VD, targets_M)
+        return loss, (grad_x_MD, gradient_like(head_VD, grad_head_VD))
     wide = accumulator(x_MD.dtype)
     head = head_VD.astype(x_MD.dtype)
 
@@ -68,9 +89,8 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
         loss, grad_head_DV = carry
         x, targets, weights = operands
         logits_MV = product("md,vd->mv", x, head, wide)
-        peak = jnp.max(logits_MV, axis=-1, keepdims=True)
+        peak, total = peak_and_total(logits_MV)
         exponentials = jnp.exp(logits_MV - peak)
-        total = jnp.sum(exponentials, axis=-1, keepdims=True)
         hit = jnp.take_along_axis(logits_MV, targets[:, None], axis=-1)
         loss += jnp.sum((jnp.log(total) + peak - hit)[:, 0] * weights)
         is_target = targets[:, None] == jnp.arange(logits_MV.shape[-1])
@@ -83,12 +103,12 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
     start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape[::-1], wide))
     (loss, grad_head_DV), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
     grad_x_MD = grad_x_CMD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
-    return loss, (grad_x_MD, grad_head_DV.T.astype(head_VD.dtype))
+    return loss, (grad_x_MD, gradient_like(head_VD, grad_head_DV.T.astype(head_VD.dtype)))
 
 
 def _cross_entropy_backward(residuals, cotangent):
     grad_x_MD, grad_head_VD = residuals
-    return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), grad_head_VD * cotangent, None
+    return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), jax.tree.map(lambda x: x * cotangent, grad_head_VD), None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -2,6 +2,7 @@
 `torch_ref/products.py`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,8 +16,37 @@ def accumulator(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A parameter and its copy in the compute dtype, rounded once for many products; a gradient is the parameter's."""
+
+    parameter: jax.Array
+    copy: jax.Array
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.parameter.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
+
+    def astype(self, dtype) -> jax.Array:
+        return self.copy if dtype == self.copy.dtype else self.parameter.astype(dtype)
+
+    def __getitem__(self, index):
+        """As a Flax variable asks for its value, itself; rows are the parameter's."""
+        return self if index is ... else self.parameter[index]
+
+
+def gradient_like(y: jax.Array | Rounded, grad: jax.Array) -> jax.Array | Rounded:
+    """The gradient in the form that JAX wants for y: nothing flows into a rounded copy."""
+    return Rounded(grad, jnp.zeros_like(y.copy)) if isinstance(y, Rounded) else grad
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
+def product(spec: str, x: jax.Array, y: jax.Array | Rounded, dtype) -> jax.Array:
     """Two-operand einsum on x's dtype, accumulated in float32 or wider and returned in `dtype`.
 
     y is cast to x's dtype. Every index must stand in two of the three terms. The gradients are the two products one
@@ -68,7 +98,7 @@ def _product_backward(spec, dtype, residuals, cotangent):
     cotangent = cotangent.astype(x.dtype)
     grad_x = product(f"{z_axes},{y_axes}->{x_axes}", cotangent, y, x.dtype)
     grad_y = product(f"{x_axes},{z_axes}->{y_axes}", x, cotangent, y.dtype)
-    return grad_x, grad_y
+    return grad_x, gradient_like(y, grad_y)
 
 
 product.defvjp(_product_forward, _product_backward)

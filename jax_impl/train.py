@@ -78,8 +78,8 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
     graph = model_structure(config.model, config.precision)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
 
-    def loss(params, inputs_BT, targets_BT, key):
-        return bind(graph, params).loss(inputs_BT, targets_BT, dropout_key=key)
+    def loss(params, rounded, inputs_BT, targets_BT, key):
+        return bind(graph, params, rounded).loss(inputs_BT, targets_BT, dropout_key=key)
 
     options = machine().compiler_options
     if config.precision.deterministic:
@@ -90,9 +90,14 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
         A = inputs_ABT.shape[0]
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
 
+        # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
+        compute = config.precision.compute
+        narrower = A > 1 and compute != config.precision.params
+        rounded = {path: x.astype(compute) for path, x in state.params.items() if narrower and x.ndim == 2}
+
         def gradient(index, inputs_BT, targets_BT):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            return jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)
+            return jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)
 
         def add_gradient(total, micro_batch):
             return jax.tree.map(jnp.add, total, gradient(*micro_batch)), None

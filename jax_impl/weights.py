@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from jax_impl.model import Qwen3ForCausalLM
+from jax_impl.products import Rounded
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
 
@@ -92,7 +93,10 @@ def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.Grap
     return graph
 
 
-def bind(graph: nnx.GraphDef, params: Mapping[str, jax.Array]) -> Qwen3ForCausalLM:
-    """The model with these parameters; free under `jax.jit`."""
-    parts = {tuple(int(part) if part.isdigit() else part for part in path.split(".")): x for path, x in params.items()}
+def bind(
+    graph: nnx.GraphDef, params: Mapping[str, jax.Array], rounded: Mapping[str, jax.Array] | None = None
+) -> Qwen3ForCausalLM:
+    """The model with these parameters, and with copies of some that have been rounded already; free under `jax.jit`."""
+    values = dict(params) | {path: Rounded(params[path], copy) for path, copy in (rounded or {}).items()}
+    parts = {tuple(int(part) if part.isdigit() else part for part in path.split(".")): x for path, x in values.items()}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(parts)))

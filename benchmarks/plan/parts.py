@@ -105,6 +105,11 @@ KERNELS: dict[str, Callable[[Launch], Work]] = {
 `pl.CostEstimate`; one with neither is listed as unknown."""
 
 
+DECIDING = 80 / 52
+"""What a Threefry block costs attention's kernels, with its four comparisons and selections, over a block alone: 20
+integer instructions a probability, counted in their sm_90a code."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A `pl.CostEstimate` and the kernel it was given to."""
@@ -129,7 +134,8 @@ def work(launch: Launch, model: ModelConfig, estimates: Mapping[tuple, Estimate]
             return None
         # Attention's kernels make the masks inside: a Threefry block for four probabilities, as many as exponentials.
         drops = model.dropout and part(launch, model) == ATTENTION
-        return Work(estimate.flops, "kernels", estimate.transcendentals / DECISIONS if drops else 0.0)
+        blocks = estimate.transcendentals / DECISIONS * DECIDING if drops else 0.0
+        return Work(estimate.flops, "kernels", blocks)
     wide = any("f32" in (product.left.dtype, product.right.dtype) for product in launch.products)
     return Work(launch.flops, "wide_products" if wide else "products", launch.words)
 
