@@ -15,6 +15,7 @@ import jax_impl.model
 import torch_ref.attention
 import torch_ref.loss
 import torch_ref.model
+from jax_impl import backend
 from jax_impl import random as jax_random
 from jax_impl.backend import machine
 from jax_impl.weights import bind
@@ -22,6 +23,7 @@ from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, ROWS, random_tokens, r
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import check, check_all, relative_error
 from parity_tests.sides import Arrays, JaxModel, TorchModel
+from recipe.contract import UNIT_ROUNDOFF
 from torch_ref import random as torch_random
 
 MODEL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
@@ -351,3 +353,47 @@ def test_a_sequence_that_is_too_long_is_refused(twin):
     assert logits(random_tokens(model, 1, 8)).shape == (1, 8, model.vocab_size)
     with pytest.raises(ValueError, match="a sequence of 9 tokens exceeds max_position_embeddings=8"):
         logits(random_tokens(model, 1, 9))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_weights_rounded_once_are_weights_rounded_each_time(tied):
+    """Loss and every gradient bit for bit, and gradients of the parameters' dtype."""
+    model = dataclasses.replace(MODEL, tie_word_embeddings=tied, dropout=0.0)
+    precision = dataclasses.replace(FLOAT32, compute="bfloat16")
+    side = JaxModel(model, precision, random_weights(model))
+    inputs, targets = random_tokens(model, ROWS, 11), random_tokens(model, ROWS, 11, seed=2)
+    rounded = {path: x.astype("bfloat16") for path, x in side.params.items() if x.ndim == 2}
+
+    def loss(params, copies):
+        return bind(side.graph, params, copies).loss(inputs, targets)
+
+    each, once = (jax.jit(jax.value_and_grad(loss))(side.params, copies) for copies in ({}, rounded))
+    for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(once), strict=True):
+        assert other.dtype == np.float32
+        np.testing.assert_array_equal(one, other)
+    wrong = {path: x * 2 for path, x in rounded.items()}
+    assert loss(side.params, wrong) != each[0], "the copies are what is multiplied by"
+
+
+@pytest.mark.parametrize(
+    "logits", [[0.0], [3.0, 3.0, -1e4], [1e4, -1e4, 9999.0], [-3e38, -3e38], list(range(200))], ids=str
+)
+def test_one_pass_over_the_logits_finds_what_two_find(logits, monkeypatch):
+    values = np.array([logits, logits[::-1]], np.float64)
+    truth = np.exp(values - values.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    with jax.enable_x64(True):
+        for pairs in (False, True):
+            record = dataclasses.replace(backend.CPU, reduces_pairs=pairs)
+            monkeypatch.setitem(backend.MACHINES, "cpu", record)
+            peak, total = jax.jit(lambda x: jax_impl.loss.peak_and_total(x))(jnp.asarray(values))
+            np.testing.assert_array_equal(peak, values.max(-1, keepdims=True))
+            # Each exponential rounded, each of the sums rounded and, in one pass, each scaled.
+            roundings = 1 + 3 * len(logits)
+            assert (np.abs(total - truth) <= roundings * UNIT_ROUNDOFF["float64"] * truth).all()
+
+
+def test_the_loss_is_the_kernels_in_16_bits_up_to_a_size(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    limit = backend.GPU.loss_kernel_up_to
+    for D, dtype, expected in ((limit, "bfloat16", True), (limit + 1, "bfloat16", False), (8, "float32", False)):
+        assert bool(jax_impl.loss._kernel(jax.ShapeDtypeStruct((3, D), jnp.dtype(dtype)))) == expected
