@@ -74,7 +74,7 @@ def resolve(
     sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "accumulation": accumulation}
     values |= {name: size for name, size in sizes.items() if size is not None} | {"seed": rest["seed"], "out": ""}
     values["model"]["dropout"] = rest["dropout"]
-    values["precision"] = {
+    values["precision"] |= {
         "params": "float32",
         **{name: rest[name] for name in ("compute", "newton_schulz", "matmul", "attention")},
     }

@@ -47,14 +47,14 @@ class Machine:
     """Whether Pallas kernels run as plain JAX, tile by tile: the only way on a CPU, and fit for tests alone."""
     attention_kernel: bool
     """Whether `attention_kernel.py` compiles: attention with dropout, which cuDNN's lacks."""
-    compiler_options: tuple[tuple[str, str], ...]
+    compiler_options: tuple[tuple[str, str | int], ...]
     """Options of XLA's for a training step. XLA:CPU's default runs whatever is ready, all layers' recomputation at
     once; the order named here keeps little in memory."""
     recomputes_apart: bool
     """Whether barriers keep what is computed again apart from the forward pass. Without them XLA:CPU keeps values, 11 %
     more temporaries in the seed's update; XLA's GPU fusions compute again by themselves, and a barrier between two of
     them is one more pass over memory."""
-    deterministic_options: tuple[tuple[str, str], ...]
+    deterministic_options: tuple[tuple[str, str | int], ...]
     """Options without which a training step on this machine may give other bits from equal inputs."""
 
 
@@ -87,9 +87,9 @@ GPU = Machine(
     reduces_pairs=True,
     interprets_kernels=False,
     # XLA would join gate with up and q with k and v, then copy slices out and concatenate their gradients.
-    compiler_options=(("xla_gpu_dot_merger_threshold_mb", "0"),),
+    compiler_options=(("xla_gpu_dot_merger_threshold_mb", 0),),
     recomputes_apart=False,
-    deterministic_options=(("xla_gpu_exclude_nondeterministic_ops", "true"),),
+    deterministic_options=(("xla_gpu_exclude_nondeterministic_ops", True),),
 )
 MACHINES = {"cpu": CPU, "gpu": GPU}
 HOPPER = "9.0"

@@ -216,7 +216,7 @@ def test_deterministic_is_asked_of_both_frameworks(monkeypatch):
                 asked[-1].get("xla_gpu_exclude_nondeterministic_ops"),
                 torch.are_deterministic_algorithms_enabled(),
             )
-        assert seen == {True: ("true", True), False: (None, False)}
+        assert seen == {True: (True, True), False: (None, False)}
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)

@@ -117,3 +117,12 @@ def test_a_run_says_what_runs():
     assert said == [f"attention  explicit in training, although fused is asked for: {why}"]
     plain = dataclasses.replace(config, precision=PrecisionConfig())
     assert not [line for line in describe(plain, environment) if line.startswith("attention")]
+
+
+@pytest.mark.parametrize("record", backend.MACHINES.values(), ids=backend.MACHINES.keys())
+def test_the_compiler_knows_every_option(record):
+    """XLA refuses a name or a value that it does not know, on whatever device it compiles for."""
+    options = dict(record.compiler_options + record.deterministic_options)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(Exception, match="not a valid bool value"):
+        jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_exclude_nondeterministic_ops": "true"})(1)

@@ -291,3 +291,15 @@ def test_bad_options_are_refused(changes, message):
 def test_bad_overrides_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         resolve(overrides=overrides)
+
+
+def test_fields_that_have_no_flag_can_be_set_all_the_same():
+    settings = dict(batch_size=None, sequence_length=None, accumulation=None, dropout=0.0, seed=0)
+    precision = dict(compute="bfloat16", newton_schulz="bfloat16", matmul="highest", attention="fused")
+    overrides = '{"precision": {"deterministic": true, "remat": true}}'
+    config = job.resolve("seed", **settings, **precision, overrides=overrides)
+    assert (config.precision.deterministic, config.precision.remat, config.precision.compute) == (
+        True,
+        True,
+        "bfloat16",
+    )
