@@ -107,8 +107,8 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
 
 
 def _cross_entropy_backward(residuals, cotangent):
-    grad_x_MD, grad_head_VD = residuals
-    return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), jax.tree.map(lambda x: x * cotangent, grad_head_VD), None
+    grad_x_MD, grad_head_VD = jax.tree.map(lambda grad: (grad * cotangent).astype(grad.dtype), residuals)
+    return grad_x_MD, grad_head_VD, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

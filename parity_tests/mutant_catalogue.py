@@ -208,8 +208,8 @@ MUTANTS = (
     Mutant(
         "upstream gradient of the loss ignored",
         JAX_LOSS,
-        "return (grad_x_MD * cotangent).astype(grad_x_MD.dtype), grad_head_VD * cotangent, None",
-        "return grad_x_MD, grad_head_VD * cotangent, None",
+        "return grad_x_MD, grad_head_VD, None",
+        "return residuals[0], grad_head_VD, None",
         LOSS,
     ),
     Mutant(
@@ -367,8 +367,8 @@ MUTANTS = (
     Mutant(
         "clip of each micro-batch instead of their mean",
         TRAIN,
-        "            return jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n",
-        "            value, grads = jax.value_and_grad(loss)(state.params, inputs_BT, targets_BT, key)\n"
+        "            return jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)\n",
+        "            value, grads = jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)\n"
         "            return value, clip_by_global_norm(grads, config.clip_norm)[0]\n",
         UPDATES,
     ),

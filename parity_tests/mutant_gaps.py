@@ -1030,6 +1030,103 @@ COMPARISON = (
     ),
 )
 
+LOSS_KERNEL = "parity_tests/test_loss_kernel.py"
+ATTENTION_KERNEL = "parity_tests/test_attention_kernel.py"
+
+
+def kernel(name: str, module: str, old: str, new: str, caught_by: str) -> Mutant:
+    """A slip in what a GPU alone runs."""
+    return slip("a GPU's", name, f"jax_impl.{module}", old, new, caught_by)
+
+
+ON_A_GPU = (
+    kernel("columns beyond the vocabulary count", "loss_kernel", "if V % TILE_V:", "if False:", LOSS_KERNEL),
+    kernel(
+        "segments' sums are not rescaled",
+        "loss_kernel",
+        "jnp.sum(totals * jnp.exp(peaks - peak_M), axis=0)",
+        "jnp.sum(totals, axis=0)",
+        LOSS_KERNEL,
+    ),
+    kernel(
+        "an equal logit before the target is no rival",
+        "loss_kernel",
+        "(hit_M == peak_M) & (before_M < hit_M)",
+        "hit_M == peak_M",
+        LOSS_KERNEL,
+    ),
+    kernel(
+        "the target is not taken from the gradient",
+        "loss_kernel",
+        "return grad_MV - jnp.where(is_target, weight_M[:, None], 0.0)",
+        "return grad_MV",
+        LOSS_KERNEL,
+    ),
+    kernel(
+        "the last columns of D are left out",
+        "loss_kernel",
+        "SEGMENT, pl.cdiv(D, TILE_D)",
+        "SEGMENT, D // TILE_D",
+        LOSS_KERNEL,
+    ),
+    kernel(
+        "stores go beyond the array",
+        "loss_kernel",
+        "triton.store(tile, value, mask=_inside(starts, value.shape, ref.shape))",
+        "triton.store(tile, value)",
+        LOSS_KERNEL,
+    ),
+    kernel(
+        "one pass over the logits forgets to rescale",
+        "loss",
+        "one[1] * jnp.exp(one[0] - peak) +",
+        "one[1] +",
+        "parity_tests/test_properties.py",
+    ),
+    kernel(
+        "weights rounded once are not used",
+        "products",
+        "return self.copy if dtype == self.copy.dtype else self.parameter.astype(dtype)",
+        "return self.parameter.astype(dtype)",
+        "parity_tests/test_properties.py",
+    ),
+    kernel(
+        "the kernel's window is one key wider",
+        "attention_kernel",
+        "(s_QS > t_QS - window)",
+        "(s_QS >= t_QS - window)",
+        ATTENTION_KERNEL,
+    ),
+    kernel(
+        "the kernel's keys in their own order",
+        "attention_kernel",
+        "c % quarter * 4 + c // quarter",
+        "c",
+        ATTENTION_KERNEL,
+    ),
+    kernel(
+        "heads share a mask in the kernel",
+        "attention_kernel",
+        "jnp.uint32(0), number.astype(jnp.uint32))",
+        "jnp.uint32(0), jnp.uint32(0))",
+        ATTENTION_KERNEL,
+    ),
+    kernel(
+        "a threshold of eight bits",
+        "attention_kernel",
+        "threshold(settings.rate) << 16",
+        "threshold(settings.rate) >> 8 << 24",
+        ATTENTION_KERNEL,
+    ),
+    kernel(
+        "the kernel's gradient is not centred",
+        "attention_kernel",
+        "_dot(grads_QS.astype(k_SH.dtype), k_SH, 1, 0)",
+        "_dot((probs_QS * grads_QS).astype(k_SH.dtype), k_SH, 1, 0)",
+        ATTENTION_KERNEL,
+    ),
+)
+
 MUTANTS = (
     *BOTH,
     *SHARED,
@@ -1041,5 +1138,6 @@ MUTANTS = (
     *INPUT,
     *JUDGES,
     *COMPARISON,
+    *ON_A_GPU,
     *TORCH,
 )
