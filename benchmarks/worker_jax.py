@@ -47,7 +47,9 @@ class JaxSide:
             attention=fused if self.fused else f"blocks of {attention.QUERY_BLOCK} queries",
             dropout=dropout_of(config.model.dropout),
             threads=NOT_THERE if backend == "gpu" else str(xla_threads()),
-            loss=f"float32 logits of {machine().tokens_at_once} tokens at once",
+            loss="logits in tiles, in no memory"
+            if loss.is_in_kernel(precision.compute, config.model.hidden_size)
+            else f"float32 logits of {machine().tokens_at_once} tokens at once",
         )
         return {"contract": contract, "environment": self.trainer.environment}
 

@@ -76,7 +76,7 @@ CPU = Machine(
 )
 GPU = Machine(
     platform="gpu",
-    tokens_at_once=4096,
+    tokens_at_once=2048,
     scores_at_once=None,
     batched_matrices=True,
     lays_out_products=False,

@@ -38,9 +38,13 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
     return losses_CM.reshape(-1)[:M], correct_CM.reshape(-1)[:M]
 
 
+def is_in_kernel(dtype, hidden_size: int) -> bool:
+    """Whether the loss of such an x is `loss_kernel`'s on this machine; else it is that of the chunks here."""
+    return jnp.dtype(dtype).itemsize <= 2 and hidden_size <= machine().loss_kernel_up_to
+
+
 def _kernel(x_MD):
-    """The module `loss_kernel` where the machine has it for such an x, else None: then the chunks here are the loss."""
-    if x_MD.dtype.itemsize > 2 or x_MD.shape[1] > machine().loss_kernel_up_to:
+    if not is_in_kernel(x_MD.dtype, x_MD.shape[1]):
         return None
     from jax_impl import loss_kernel  # here, for not every build of jaxlib has Triton
 

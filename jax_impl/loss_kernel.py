@@ -48,7 +48,8 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Mean loss over the tokens and its gradients of x and head, each in its operand's dtype.
 
-    The gradient of the logits is held for `tokens_at_once` tokens, in the compute dtype.
+    The gradient of the logits is held for twice `tokens_at_once` tokens, in the compute dtype; where logits are held, a
+    token takes three times as much.
     """
     M, D = x_MD.shape
     wide, head, targets_M = accumulator(x_MD.dtype), head_VD.astype(x_MD.dtype), targets_M.astype(jnp.int32)
@@ -56,7 +57,7 @@ def loss_and_gradients(
     peak_M, total_M, hit_M, _ = normalizers(x_MD, head, targets_M)
     loss = jnp.mean(jnp.log(total_M) + (peak_M - hit_M))
 
-    count = pl.cdiv(M, machine().tokens_at_once)
+    count = pl.cdiv(M, 2 * machine().tokens_at_once)
     rows = pl.cdiv(M, count)
 
     def chunked(array):

@@ -93,6 +93,8 @@ def test_zero_counts_only_where_it_means_something(part, name):
         (ModelConfig, {"head_dim": 7}, "head_dim=7 must be even"),
         (ModelConfig, {"sliding_window": 0}, "sliding_window=0"),
         (ModelConfig, {"dropout": 1.0}, "dropout=1.0"),
+        (ModelConfig, {"dropout": 7e-6}, "dropout=7e-06 must be 0 or a rate that 16 bits tell from 0 and 1"),
+        (ModelConfig, {"dropout": 0.999995}, "dropout=0.999995 must be 0 or a rate that 16 bits tell"),
         (AdamWConfig, {"beta2": 1.0}, "beta2=1.0"),
         (MuonConfig, {"beta": 1.0}, "beta=1.0"),
         (ScheduleConfig, {"final_factor": 1.01}, "final_factor=1.01"),

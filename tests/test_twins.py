@@ -24,7 +24,11 @@ ONE_SIDED = {
         "held_structure": "as held_params",
         "held_model": "as held_params",
     },
-    "loss.py": {"logits": "JAX's product needs no second rounding, so the model calls `product` itself"},
+    "loss.py": {
+        "is_in_kernel": "a GPU's loss in tiles is JAX's alone",
+        "peak_and_total": "torch's cross_entropy does both",
+        "logits": "JAX's product needs no second rounding, so the model calls `product` itself",
+    },
     "muon.py": {
         "ScaleByMuonState": "optax keeps a transformation's state apart",
         "scale_by_muon": "a transformation in optax, a method of `Muon` in torch",
@@ -40,6 +44,8 @@ ONE_SIDED = {
         "takes_batches": "in JAX a field of `backend.Machine`",
     },
     "products.py": {
+        "Rounded": "JAX rounds weights once for all micro-batches, torch as it comes to them",
+        "gradient_like": "as Rounded",
         "in_memory": "XLA's CPU backend has fast kernels for one layout",
         "product_held": "as in_memory",
     },
