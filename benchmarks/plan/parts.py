@@ -17,14 +17,14 @@ from recipe.dropout import DECISIONS
 from recipe.params import param_specs
 
 NEWTON_SCHULZ, HEAD, ATTENTION, LINEAR = "Newton-Schulz", "head and loss", "attention", "linear layers"
-MASKS, WEIGHTS, COLLECTIVES = "dropout masks and keys", "weights to 16 bits", "collectives"
+MASKS, WEIGHTS, COLLECTIVES = "dropout", "weights to 16 bits", "collectives"
 SUMS, OPTIMIZER = "gradient sums and small", "clip, AdamW, momentum"
 
 RULES = {
     NEWTON_SCHULZ: r"newton_schulz\.|\w+\.orthogonalize",
     HEAD: r"\w*loss\w*\.",
     ATTENTION: r"\w*(attention|flash)\w*\.",
-    MASKS: r"random\.(decisions|keep_mask|bits|fold_in|key)",
+    MASKS: r"random\.(decisions|drop|dropout|keep_mask|bits|fold_in|key)",
     LINEAR: r"model\.Linear",
     "SwiGLU": r"model\.(swiglu|Qwen3MLP)",
     "norms, RoPE, residuals": r"model\.(rms_norm|RMSNorm|apply_rope|Qwen3Attention|Qwen3DecoderLayer|Qwen3Model)",
