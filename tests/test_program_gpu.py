@@ -4,6 +4,7 @@ The training step is lowered to StableHLO for CUDA with the GPU's branches taken
 needed. tests/test_plan_gpu.py reads what the compiler makes of it.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -21,6 +22,7 @@ LAYERS = 2
 PRESETS = ("seed", "qwen3-0.6b")
 SHAPE = re.compile(r"tensor<((?:\d+x)*)(\w+)>")
 DOT = re.compile(r"stablehlo\.dot_general .* : \((tensor<[^>]*>), (tensor<[^>]*>)\) -> (tensor<[^>]*>)")
+KERNEL = re.compile(r'\bname = "(\w+)"')
 CUDNN = re.compile(r"custom_call @(__cudnn\$fmhaSoftmax(?:Backward)?)\(")
 
 
@@ -35,6 +37,8 @@ class Found(NamedTuple):
     forward: int
     """cuDNN calls."""
     backward: int
+    ours: dict[str, int]
+    """Calls of kernels of our own, by name."""
 
 
 def shape(text: str) -> tuple[tuple[int, ...], str]:
@@ -69,6 +73,7 @@ def read(config: RunConfig) -> Found:
         logits=with_logits,
         forward=len(calls) - backward,
         backward=backward,
+        ours=dict(collections.Counter(KERNEL.findall(text))),
     )
 
 
@@ -84,6 +89,26 @@ def test_no_product_has_a_float32_operand_and_all_logits_are_never_held(name, dr
 def test_attention_is_one_call_of_cudnn_a_layer_and_direction(name):
     found = read(configuration(name))
     assert (found.forward, found.backward) == (LAYERS, LAYERS)
+
+
+LOSS = {"normalizers_kernel": 1, "grad_logits_kernel": 1}
+ATTENTION = dict.fromkeys(("attention_forward", "attention_query_grad", "attention_key_grads"), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "ours"),
+    [
+        ("seed", {}, LOSS),
+        ("seed", {"dropout": 0.1}, LOSS | ATTENTION),
+        ("seed", {"dropout": 0.1, "attention": "explicit"}, LOSS),
+        ("seed", {"dropout": 0.1, "compute": "float32"}, {}),
+        ("qwen3-0.6b", {"dropout": 0.1}, ATTENTION),  # its hidden size is beyond what the loss's kernel pays for
+    ],
+)
+def test_our_kernels_are_called_once_a_layer_and_direction(name, changes, ours):
+    found = read(configuration(name, **changes))
+    assert found.ours == ours
+    assert not found.forward or "dropout" not in changes, "cuDNN's attention drops nothing"
 
 
 @pytest.mark.parametrize("name", PRESETS)
