@@ -8,13 +8,15 @@ and once for those of keys and values. Each program sums what it writes, so that
 The dropout mask of a row's head n is that of `recipe.dropout` under the key `fold_in(key, row * N + n)`, queries by
 keys: one Threefry block with counter words (t, s // 4) decides for four neighbouring keys. So that a thread uses all
 four without asking another one, a tile holds its keys in the order of `_positions`, and the four are a quarter of the
-tile apart; softmax and sums over keys do not mind. The kernels are written in Pallas for Triton, which jax 0.12
-deprecates and still compiles.
+tile apart; softmax and sums over keys do not mind. Up to a sequence length (`_keeps_masks`) forward also writes the
+decisions, four to a byte, and backward's two kernels read them instead of making them again. The kernels are written in
+Pallas for Triton, which jax 0.12 deprecates and still compiles.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -54,7 +56,7 @@ class Tiles(NamedTuple):
 def tiles_of(head_dim: int) -> Tiles:
     """Tiles whose kernels, compiled for an H100, spill no register; head_dim counts as the next power of two.
 
-    They need 57 KiB of shared memory up to head_dim 64, 177 KiB up to 128 and 169 KiB up to 256, of 227 there are.
+    They need 58 KiB of shared memory up to head_dim 64, 179 KiB up to 128 and 169 KiB up to 256, of 227 there are.
     """
     if head_dim <= 64:
         return Tiles(Tile(64, 64), Tile(64, 64), Tile(64, 64))
@@ -72,6 +74,8 @@ class _Settings(NamedTuple):
     rate: float
     tiles: Tiles
     interpret: bool
+    keeps_masks: bool
+    """Whether forward writes its decisions for backward: bit h of byte (t, c) is set if t keeps key 4 c + h."""
 
     @property
     def kept(self) -> float:
@@ -89,13 +93,18 @@ def flash_attention(
     key: jax.Array | None = None,
     tiles: Tiles | None = None,
     interpret: bool = False,
+    keeps_masks: bool | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention (B, T, N, H), S = T, with dropout of probabilities at `rate` keyed by `key`.
 
     Needs an NVIDIA GPU and a 16-bit dtype; `interpret` runs the kernels as JAX operations in any dtype, for tests.
+    `keeps_masks` says whether backward finds the masks in memory; by default `_keeps_masks` decides.
     """
     words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
-    settings = _Settings(window, 0.0 if key is None else rate, tiles or tiles_of(q_BTNH.shape[-1]), interpret)
+    tiles, rate = tiles or tiles_of(q_BTNH.shape[-1]), 0.0 if key is None else rate
+    if keeps_masks is None:
+        keeps_masks = _keeps_masks(tiles, q_BTNH, k_BSKH)
+    settings = _Settings(window, rate, tiles, interpret, keeps_masks and rate > 0.0)
     if threshold(settings.rate) >= RESOLUTION:
         raise ValueError(f"rate={rate} drops every probability; choose one below 1 - 2^-17.")
     return _attend(settings, words, q_BTNH, k_BSKH, v_BSKH)
@@ -103,40 +112,43 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings: _Settings, key: jax.Array, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    return _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH)[0]
+    return _attend_forward(settings._replace(keeps_masks=False), key, q_BTNH, k_BSKH, v_BSKH)[0]
 
 
 def _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH):
-    """The output, and what backward wants."""
+    """The output, and what backward wants: instead of the key the masks, if they are kept."""
     B, T, N, H = q_BTNH.shape
     G, tile = N // k_BSKH.shape[2], settings.tiles.forward
     of_query, of_key, of_sum = _blocks(T, G, H)
-    out_BTNH, log_sum_BNT = pl.pallas_call(
+    masks = [_masks(settings.tiles, q_BTNH)] * settings.keeps_masks
+    out_BTNH, log_sum_BNT, *kept = pl.pallas_call(
         functools.partial(attention_forward, settings=settings),
         grid=(_tiles(T, tile.queries), N, B),
         in_specs=[pl.BlockSpec((2,), lambda i, n, b: (0,)), of_query, of_key, of_key],
-        out_specs=[of_query, of_sum],
+        out_specs=[of_query, of_sum, *[_of_masks(x) for x in masks]],
         out_shape=[
             jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
             jax.ShapeDtypeStruct((B, N, T), accumulator(q_BTNH.dtype)),
+            *masks,
         ],
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
         name="attention_forward",
-        cost_estimate=_cost(2, settings, q_BTNH, k_BSKH, v_BSKH, q_BTNH),
+        cost_estimate=_cost(2, settings, q_BTNH, k_BSKH, v_BSKH, q_BTNH, *masks),
     )(key, q_BTNH, k_BSKH, v_BSKH)
-    return out_BTNH, (key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT)
+    return out_BTNH, (kept[0] if kept else key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT)
 
 
 def _attend_backward(settings, residuals, grad_BTNH):
     """The gradients; the key has none."""
-    key, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT = residuals
+    random, q_BTNH, k_BSKH, v_BSKH, out_BTNH, log_sum_BNT = residuals
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     G, tile, wide = N // K, settings.tiles.query_grad, log_sum_BNT.dtype
     # sum_s p_s dp_s = out . dout, which a probability's gradient is centred by.
     centre_BNT = jnp.sum(out_BTNH.astype(wide) * grad_BTNH.astype(wide), axis=-1).swapaxes(1, 2)
     of_query, of_key, of_sum = _blocks(T, G, H)
-    of_random = pl.BlockSpec((2,), lambda i, n, b: (0,))
+    masks = [random] * settings.keeps_masks
+    of_random = _of_masks(random) if masks else pl.BlockSpec((2,), lambda i, n, b: (0,))
     q_grad_BTNH = pl.pallas_call(
         functools.partial(attention_query_grad, settings=settings),
         grid=(_tiles(T, tile.queries), N, B),
@@ -146,8 +158,8 @@ def _attend_backward(settings, residuals, grad_BTNH):
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
         name="attention_query_grad",
-        cost_estimate=_cost(3, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, q_BTNH),
-    )(key, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, log_sum_BNT, centre_BNT)
+        cost_estimate=_cost(3, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, q_BTNH, *masks),
+    )(random, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, log_sum_BNT, centre_BNT)
     # A program per key head has all its query heads.
     tile = settings.tiles.key_grads
     of_queries = pl.BlockSpec((None, T, None, G, H), lambda j, k, b: (b, 0, k, 0, 0))
@@ -155,6 +167,9 @@ def _attend_backward(settings, residuals, grad_BTNH):
     of_sums = pl.BlockSpec((None, None, G, T), lambda j, k, b: (b, k, 0, 0))
     q_BTKGH, grad_BTKGH = (x.reshape(B, T, K, G, H) for x in (q_BTNH, grad_BTNH))
     log_sum_BKGT, centre_BKGT = (x.reshape(B, K, G, T) for x in (log_sum_BNT, centre_BNT))
+    if masks:
+        random = random.reshape(B, K, G, *random.shape[2:])
+        of_random = _of_masks(random)
     k_grad_BSKH, v_grad_BSKH = pl.pallas_call(
         functools.partial(attention_key_grads, settings=settings),
         grid=(_tiles(T, tile.keys), K, B),
@@ -164,15 +179,40 @@ def _attend_backward(settings, residuals, grad_BTNH):
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=settings.interpret,
         name="attention_key_grads",
-        cost_estimate=_cost(4, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, k_BSKH, v_BSKH),
-    )(key, q_BTKGH, k_BSKH, v_BSKH, grad_BTKGH, log_sum_BKGT, centre_BKGT)
+        cost_estimate=_cost(4, settings, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, k_BSKH, v_BSKH, *masks),
+    )(random, q_BTKGH, k_BSKH, v_BSKH, grad_BTKGH, log_sum_BKGT, centre_BKGT)
     return None, q_grad_BTNH, k_grad_BSKH, v_grad_BSKH
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _cost(products: int, settings: _Settings, q_BTNH: jax.Array, *others: jax.Array) -> pl.CostEstimate:
+def _keeps_masks(tiles: Tiles, q_BTNH: jax.Array, k_BSKH: jax.Array) -> bool:
+    """Whether the masks are no larger than q, k, v and out together, so that memory stays linear in T.
+
+    Not beyond head_dim 128, where `key_grads` would spill registers, nor beyond 2 GiB, as Pallas counts 4 GiB of bytes
+    with signed 32-bit offsets.
+    """
+    linear = 2 * (q_BTNH.size + k_BSKH.size) * q_BTNH.dtype.itemsize
+    return q_BTNH.shape[-1] <= 128 and _masks(tiles, q_BTNH).size <= min(linear, 2**31 - 1)
+
+
+def _masks(tiles: Tiles, q_BTNH: jax.Array) -> jax.ShapeDtypeStruct:
+    """Every decision, four to a byte, (B, N, T, S / 4); T and S reach to the end of the last tile."""
+    B, T, N, _ = q_BTNH.shape
+    queries, keys = max(tile.queries for tile in tiles), max(tile.keys for tile in tiles)
+    return jax.ShapeDtypeStruct((B, N, _tiles(T, queries) * queries, _tiles(T, keys) * keys // 4), jnp.uint8)
+
+
+def _of_masks(masks: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """What a program (tile, head, row) sees of (B, N, T, S / 4) or (B, K, G, T, S / 4): all of one head."""
+    own = masks.shape[2:]
+    return pl.BlockSpec((None, None, *own), lambda i, n, b: (b, n, *(0 for _ in own)))
+
+
+def _cost(
+    products: int, settings: _Settings, q_BTNH: jax.Array, *others: jax.Array | jax.ShapeDtypeStruct
+) -> pl.CostEstimate:
     """So many products of visible pairs, each pair's exponential, every array once."""
     B, T, N, H = q_BTNH.shape
     visible = B * N * sum(min(t + 1, settings.window or T) for t in range(T))
@@ -187,8 +227,10 @@ def _blocks(T: int, G: int, H: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.Bloc
     return of_query, of_key, pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))
 
 
-def attention_forward(key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, settings: _Settings) -> None:
-    """The output of one tile of queries, and the base-2 logarithms of their sums."""
+def attention_forward(
+    key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, masks_ref=None, *, settings: _Settings
+) -> None:
+    """The output of one tile of queries, the base-2 logarithms of their sums, and their masks if they are kept."""
     T, H = q_ref.shape
     tile, wide = settings.tiles.forward, accumulator(q_ref.dtype)
     i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -206,7 +248,10 @@ def attention_forward(key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, set
         shrink_Q = jnp.exp2(highest_Q - new_Q)
         sum_Q = sum_Q * shrink_Q + jnp.sum(probs_QS, axis=1)
         if settings.rate:
-            probs_QS = jnp.where(_keep(head_key, t_Q, j, tile, settings), probs_QS, 0.0)
+            keep_QS, masks_QC = _keep(head_key, t_Q, j, tile, settings)
+            probs_QS = jnp.where(keep_QS, probs_QS, 0.0)
+            if settings.keeps_masks:
+                triton.store(masks_ref.at[_byte_places(t_Q, j, tile)], masks_QC)
         out_QH = out_QH * shrink_Q[:, None] + _dot(probs_QS.astype(v_SH.dtype), v_SH, 1, 0)
         return out_QH, new_Q, sum_Q
 
@@ -219,14 +264,14 @@ def attention_forward(key_ref, q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, set
 
 
 def attention_query_grad(
-    key_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, q_grad_ref, *, settings: _Settings
+    random_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, q_grad_ref, *, settings: _Settings
 ) -> None:
     """The gradient of one tile of queries: sum_s p_s (dp_s - centre) k_s / sqrt(H), dp_s = dout . v_s / kept or 0."""
     T, H = q_ref.shape
     tile, wide = settings.tiles.query_grad, accumulator(q_ref.dtype)
     i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     t_Q, h_H = i * tile.queries + _iota(tile.queries), _iota(_padded(H))
-    head_key = _head_key(key_ref, b * pl.num_programs(1) + n)
+    decide = _decisions(random_ref, b * pl.num_programs(1) + n, tile, settings)
     q_QH, grad_QH = _load(q_ref, t_Q, h_H), _load(grad_ref, t_Q, h_H)
     log_sum_Q = triton.load(log_sum_ref.at[t_Q], mask=t_Q < T, other=0.0)
     # Everything times `kept`, which the last line takes out.
@@ -239,7 +284,7 @@ def attention_query_grad(
         probs_QS = _masked(probs_QS, i, j, tile, settings.window, 0.0)
         grads_QS = _dot(grad_QH, v_SH, 1, 1)
         if settings.rate:
-            grads_QS = jnp.where(_keep(head_key, t_Q, j, tile, settings), grads_QS, 0.0)
+            grads_QS = jnp.where(decide(t_Q, j), grads_QS, 0.0)
         grads_QS = probs_QS * (grads_QS - centre_Q[:, None])
         return q_grad_QH + _dot(grads_QS.astype(k_SH.dtype), k_SH, 1, 0)
 
@@ -250,7 +295,7 @@ def attention_query_grad(
 
 
 def attention_key_grads(
-    key_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, k_grad_ref, v_grad_ref, *, settings: _Settings
+    random_ref, q_ref, k_ref, v_ref, grad_ref, log_sum_ref, centre_ref, k_grad_ref, v_grad_ref, *, settings: _Settings
 ) -> None:
     """The gradients of one tile of keys and values, summed over the query heads that share them."""
     T, G, H = q_ref.shape
@@ -261,7 +306,7 @@ def attention_key_grads(
     first, last = _query_tiles(j, tile, T, settings.window)
 
     def head(g, carry):
-        head_key = _head_key(key_ref, (b * pl.num_programs(1) + k) * G + g)
+        decide = _decisions(random_ref, (b * pl.num_programs(1) + k) * G + g, tile, settings, g)
 
         def step(i, carry):
             k_grad_SH, v_grad_SH = carry
@@ -273,7 +318,7 @@ def attention_key_grads(
             probs_QS = _masked(probs_QS, i, j, tile, settings.window, 0.0)
             grads_QS, kept_QS = _dot(grad_QH, v_SH, 1, 1), probs_QS
             if settings.rate:
-                keep_QS = _keep(head_key, t_Q, j, tile, settings)
+                keep_QS = decide(t_Q, j)
                 grads_QS, kept_QS = jnp.where(keep_QS, grads_QS, 0.0), jnp.where(keep_QS, probs_QS, 0.0)
             grads_QS = probs_QS * (grads_QS - centre_Q[:, None])
             v_grad_SH += _dot(kept_QS.astype(grad_QH.dtype), grad_QH, 0, 0)
@@ -328,16 +373,47 @@ def _masked(x_QS: jax.Array, i, j, tile: Tile, window: int | None, hidden: float
     return jax.lax.cond(partly, mask, lambda x_QS: x_QS, x_QS)
 
 
-def _keep(head_key, t_Q: jax.Array, j, tile: Tile, settings: _Settings) -> jax.Array:
-    """Which probabilities of a tile are kept, (Q, S), by the definition above."""
-    quarter = tile.keys // 4
+def _decisions(random_ref, number, tile: Tile, settings: _Settings, *head) -> Callable:
+    """Function (t_Q, j) -> which probabilities of the head of this number are kept, (Q, S): by the masks or the key."""
+    if settings.keeps_masks:
+        return lambda t_Q, j: _unpacked(triton.load(random_ref.at[*head, *_byte_places(t_Q, j, tile)]))
+    head_key = _head_key(random_ref, number)
+    return lambda t_Q, j: _keep(head_key, t_Q, j, tile, settings)[0]
+
+
+def _byte_places(t_Q: jax.Array, j, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """The indices of a tile's bytes; those of a tile that forward skips hold anything, and its probabilities are 0."""
+    return t_Q[:, None], (j * (tile.keys // 4) + _iota(tile.keys // 4))[None, :]
+
+
+def _unpacked(masks_QC: jax.Array) -> jax.Array:
+    """Which probabilities of a tile are kept, (Q, S), by its bytes."""
+    words_QC = masks_QC.astype(jnp.uint32)
+    pairs = jnp.stack([words_QC, words_QC >> jnp.uint32(2)], axis=-1)
+    bits = jnp.stack([pairs, pairs >> jnp.uint32(1)], axis=-1)
+    return _in_order(bits) & jnp.uint32(1) != 0
+
+
+def _in_order(quads: jax.Array) -> jax.Array:
+    """What (Q, S / 4, 2, 2) has of each four neighbouring keys, in the tile's order."""
+    return quads.transpose(0, 2, 3, 1).reshape(quads.shape[0], -1)
+
+
+def _keep(head_key, t_Q: jax.Array, j, tile: Tile, settings: _Settings) -> tuple[jax.Array, jax.Array]:
+    """Which probabilities of a tile are kept, (Q, S), by the definition above, and their bytes, (Q, S / 4)."""
+    quarter, bound, low_half = tile.keys // 4, threshold(settings.rate), jnp.uint32(RESOLUTION - 1)
     counter_S = j * quarter + _iota(quarter)
-    words = _threefry_2x32(head_key, t_Q[:, None].astype(jnp.uint32), counter_S[None, :].astype(jnp.uint32))
-    # A half is compared as the upper half of a word: what is below it does not reach the threshold's lowest bit. Both
-    # words go through one `stack`, or Triton moves each of them to another thread.
-    words = jnp.stack(words, axis=-1)
-    halves = jnp.stack([words << jnp.uint32(16), words], axis=-1)
-    return halves.transpose(0, 2, 3, 1).reshape(-1, tile.keys) >= jnp.uint32(threshold(settings.rate) << 16)
+    low, high = _threefry_2x32(head_key, t_Q[:, None].astype(jnp.uint32), counter_S[None, :].astype(jnp.uint32))
+    # For a byte, a half that reaches the threshold carries into bit 16: with comparisons, or after `stack`, ptxas took
+    # more than 128 registers for head_dim 48, and one block fewer would fit.
+    halves = (low & low_half, low >> jnp.uint32(16), high & low_half, high >> jnp.uint32(16))
+    bits = [(half + jnp.uint32(RESOLUTION - bound)) >> jnp.uint32(16) << jnp.uint32(h) for h, half in enumerate(halves)]
+    masks_QC = (bits[0] | bits[1] | bits[2] | bits[3]).astype(jnp.uint8)
+    # For a tile, a half is compared as the upper half of a word: what is below it does not reach the threshold's lowest
+    # bit. Both words go through one `stack`, or Triton moves each of them to another thread.
+    words = jnp.stack([low, high], axis=-1)
+    quads = jnp.stack([words << jnp.uint32(16), words], axis=-1)
+    return _in_order(quads) >= jnp.uint32(bound << 16), masks_QC
 
 
 def _head_key(key_ref, number) -> tuple[jax.Array, jax.Array]:

@@ -114,9 +114,10 @@ def our_key() -> jax.Array:
 HASTILY = {"xla_backend_optimization_level": 0}
 
 
-def attending(case: Case, tiles: Tiles, interpret: bool):
+def attending(case: Case, tiles: Tiles, interpret: bool, keeps_masks: bool | None = None):
     """Function (q, k, v, the output's gradient) -> (output, the gradients of q, k, v) of the kernels."""
     how = {"window": case.window, "rate": case.rate, "key": our_key(), "tiles": tiles, "interpret": interpret}
+    how |= {"keeps_masks": keeps_masks}
 
     def run(q, k, v, grad):
         out, pull_back = jax.vjp(functools.partial(flash_attention, **how), q, k, v)
@@ -125,20 +126,31 @@ def attending(case: Case, tiles: Tiles, interpret: bool):
     return jax.jit(run, compiler_options=HASTILY if interpret else None)
 
 
-def kernel(case: Case, dtype: str, *, interpret: bool = True, tiles: Tiles | None = None) -> dict[str, np.ndarray]:
+def kernel(
+    case: Case,
+    dtype: str,
+    *,
+    interpret: bool = True,
+    tiles: Tiles | None = None,
+    keeps_masks: bool | None = None,
+) -> dict[str, np.ndarray]:
     """Output and gradients of the kernels."""
     with jax.enable_x64(dtype == "float64"):
-        arrays = attending(case, tiles or case.tiles, interpret)(
+        arrays = attending(case, tiles or case.tiles, interpret, keeps_masks)(
             *(jnp.asarray(case.arrays[name], dtype) for name in ("q", "k", "v", "grad"))
         )
         assert {x.dtype.name for x in arrays} == {dtype}
         return {name: np.asarray(x, np.float64) for name, x in zip(NAMES, arrays, strict=True)}
 
 
+KEEPING = pytest.mark.parametrize("keeps_masks", [True, False], ids=["masks kept", "masks made again"])
+
+
+@KEEPING
 @pytest.mark.parametrize("name", CASES)
-def test_float64_output_and_gradients(name):
+def test_float64_output_and_gradients(name, keeps_masks):
     truths, limits = truth_and_limits(name, "float64")
-    check_all(kernel(CASES[name], "float64"), truths, limits.get)
+    check_all(kernel(CASES[name], "float64", keeps_masks=keeps_masks), truths, limits.get)
 
 
 @pytest.mark.parametrize("name", ["own key alone", "no dropout", "window of 64"])
@@ -157,7 +169,7 @@ def check_in_bfloat16(name: str, *, interpret: bool = True) -> float:
 BITS = Case(2, 37, 4, 2, 64, None, 0.1)
 
 
-def bits(tiles: Tiles, interpret: bool) -> dict[str, np.ndarray]:
+def bits(tiles: Tiles, interpret: bool, keeps_masks: bool | None) -> dict[str, np.ndarray]:
     """BITS's mask as each kernel saw it, (B, N, T, S), out of attention with one-hot vectors; visible bits alone count.
 
     Scores are zero, so every probability of query t is 1 / (t + 1); position x is coordinate x.
@@ -165,7 +177,7 @@ def bits(tiles: Tiles, interpret: bool) -> dict[str, np.ndarray]:
     B, T, N, K, H = BITS.B, BITS.T, BITS.N, BITS.K, BITS.H
     query, key = (B, T, N, H), (B, T, K, H)
     one_hot = np.eye(T, H)[None, :, None]
-    run = attending(BITS, tiles, interpret)
+    run = attending(BITS, tiles, interpret, keeps_masks)
 
     def measure(q, k, v, grad) -> list[np.ndarray]:
         operands = zip((q, k, v, grad), (query, key, key, query), strict=True)
@@ -188,18 +200,40 @@ def bits(tiles: Tiles, interpret: bool) -> dict[str, np.ndarray]:
     return found
 
 
-def check_bits(tiles: Tiles, *, interpret: bool = True) -> None:
+def check_bits(tiles: Tiles, *, interpret: bool = True, keeps_masks: bool | None = None) -> None:
     visible = np.tril(np.ones((BITS.T, BITS.T), bool))
     expected = keep_mask(BITS) & visible
     assert 0 < (visible & ~expected).sum() < expected.sum()
-    for name, found in bits(tiles, interpret).items():
+    for name, found in bits(tiles, interpret, keeps_masks).items():
         np.testing.assert_array_equal(found & visible, expected, err_msg=name)
 
 
+@KEEPING
 @pytest.mark.parametrize("tiles", [Tiles(MIXED, LONG, WIDE), tiles_of(BITS.H)], ids=["small", "of a GPU"])
-def test_every_bit_of_the_mask_is_the_definitions(tiles):
+def test_every_bit_of_the_mask_is_the_definitions(tiles, keeps_masks):
     """In all three kernels, whatever their tiles."""
-    check_bits(tiles)
+    check_bits(tiles, keeps_masks=keeps_masks)
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "rate", "differentiate", "kept"),
+    [
+        # 4 heads of T^2 / 4 bytes against 2 (4 + 2) heads of 2 T H: up to T = 24 H.
+        *((1152, 48, 0.1, True, True), (1216, 48, 0.1, True, False), (128, 144, 0.1, True, False)),
+        *((512, 48, 0.0, True, False), (512, 48, 0.1, False, False)),
+    ],
+)
+def test_masks_are_kept_where_they_are_small_and_wanted(T, H, rate, differentiate, kept):
+    """Only for backward with dropout, and up to head_dim 128."""
+    query, key = (jax.ShapeDtypeStruct((2, T, heads, H), jnp.bfloat16) for heads in (4, 2))
+    attend = functools.partial(flash_attention, window=None, rate=rate, key=our_key())
+
+    def run(q, k, v):
+        return jax.vjp(attend, q, k, v)[0] if differentiate else attend(q, k, v)
+
+    text = str(jax.make_jaxpr(run)(query, key, key))
+    assert "name=attention_forward" in text
+    assert (f"u8[2,4,{T},{T // 4}]" in text) == kept
 
 
 def test_tiles_change_nothing_but_the_order_of_sums():
