@@ -367,12 +367,12 @@ def test_weights_rounded_once_are_weights_rounded_each_time(tied):
     def loss(params, copies):
         return bind(side.graph, params, copies).loss(inputs, targets)
 
-    each, once = (jax.jit(jax.value_and_grad(loss))(side.params, copies) for copies in ({}, rounded))
+    wrong = {path: x * 2 for path, x in rounded.items()}
+    each, once, twice = (jax.jit(jax.value_and_grad(loss))(side.params, copies) for copies in ({}, rounded, wrong))
     for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(once), strict=True):
         assert other.dtype == np.float32
         np.testing.assert_array_equal(one, other)
-    wrong = {path: x * 2 for path, x in rounded.items()}
-    assert loss(side.params, wrong) != each[0], "the copies are what is multiplied by"
+    assert twice[0] != each[0], "the copies are what is multiplied by"
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,16 @@ KERNELS: dict[str, Callable[[Launch], Work]] = {
 `pl.CostEstimate`; one with neither is listed as unknown."""
 
 
-DECIDING = 80 / 52
-"""What a Threefry block costs attention's kernels, with its four comparisons and selections, over a block alone: 20
-integer instructions a probability, counted in their sm_90a code."""
+DECIDING, KEEPING = 80 / 52, 105 / 52
+"""What a Threefry block costs attention's kernels over a block alone: with its four comparisons and selections 20
+integer instructions a probability, and 26 where the decisions are also packed and written, counted in sm_90a code."""
+
+
+def _blocks(launch: Launch, exponentials: float) -> float:
+    """Threefry blocks of a kernel of attention with dropout: one for four probabilities, none where masks are read."""
+    kept = any(shape.dtype == "u8" for shape in launch.shapes)
+    written = any(shape.dtype == "u8" for shape in launch.instruction.results)
+    return exponentials / DECISIONS * (KEEPING if written else 0.0 if kept else DECIDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +139,8 @@ def work(launch: Launch, model: ModelConfig, estimates: Mapping[tuple, Estimate]
         estimate = (estimates or {}).get(key)
         if estimate is None:
             return None
-        # Attention's kernels make the masks inside: a Threefry block for four probabilities, as many as exponentials.
         drops = model.dropout and part(launch, model) == ATTENTION
-        blocks = estimate.transcendentals / DECISIONS * DECIDING if drops else 0.0
-        return Work(estimate.flops, "kernels", blocks)
+        return Work(estimate.flops, "kernels", _blocks(launch, estimate.transcendentals) if drops else 0.0)
     wide = any("f32" in (product.left.dtype, product.right.dtype) for product in launch.products)
     return Work(launch.flops, "wide_products" if wide else "products", launch.words)
 
