@@ -1114,8 +1114,8 @@ ON_A_GPU = (
     kernel(
         "a threshold of eight bits",
         "attention_kernel",
-        "threshold(settings.rate) << 16",
-        "threshold(settings.rate) >> 8 << 24",
+        "tile.keys // 4, threshold(settings.rate), jnp",
+        "tile.keys // 4, threshold(settings.rate) >> 8 << 8, jnp",
         ATTENTION_KERNEL,
     ),
     kernel(

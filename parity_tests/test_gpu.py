@@ -160,9 +160,10 @@ def test_attention_with_dropout(device, name, record_property):
     record_property("largest error over allowance", share)
 
 
-def test_attention_drops_what_the_definition_says(device):
+@pytest.mark.parametrize("keeps_masks", [True, False], ids=["masks kept", "masks made again"])
+def test_attention_drops_what_the_definition_says(device, keeps_masks):
     tiles = tiles_of(test_attention_kernel.BITS.H)
-    test_attention_kernel.check_bits(tiles, interpret=device == "cpu")
+    test_attention_kernel.check_bits(tiles, interpret=device == "cpu", keeps_masks=keeps_masks)
 
 
 def test_fused_and_explicit_attention_train_alike(device):
