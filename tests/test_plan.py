@@ -255,6 +255,7 @@ def test_a_text_without_an_entry_is_refused():
         (["products.product", "model.Linear.multiply", "model.Qwen3MLP.__call__"], parts.LINEAR),
         (["products.product", "attention.attend_block"], parts.ATTENTION),
         (["random.drop", "random.dropout", "model.Qwen3MLP.__call__"], "SwiGLU"),
+        (["random.drop", "train.make_train_step.<locals>.train_step"], "dropout"),
         (["flash.forward", "model.Qwen3Attention.__call__"], parts.ATTENTION),
         (["_tree_math.tree_sum", "muon.clip_by_global_norm"], parts.OPTIMIZER),
         (["train.make_train_step.<locals>.train_step.<locals>.add_gradient"], parts.SUMS),

@@ -24,7 +24,7 @@ RULES = {
     NEWTON_SCHULZ: r"newton_schulz\.|\w+\.orthogonalize",
     HEAD: r"\w*loss\w*\.",
     ATTENTION: r"\w*(attention|flash)\w*\.",
-    MASKS: r"random\.(decisions|drop|dropout|keep_mask|bits|fold_in|key)",
+    MASKS: r"random\.(decisions|keep_mask|bits|fold_in|key)",
     LINEAR: r"model\.Linear",
     "SwiGLU": r"model\.(swiglu|Qwen3MLP)",
     "norms, RoPE, residuals": r"model\.(rms_norm|RMSNorm|apply_rope|Qwen3Attention|Qwen3DecoderLayer|Qwen3Model)",
@@ -50,6 +50,8 @@ def part(launch: Launch, model: ModelConfig) -> str:
     if found is None and launch.products:
         sides = {side for product in launch.products for shape in product[:3] for side in shape.dims}
         return HEAD if model.vocab_size in sides else LINEAR
+    if found is None and any(str(frame) == "random.drop" for frame in launch.frames):
+        return MASKS  # computed again, it has lost the lines of the part that drops
     if found is None:
         return SUMS if launch.loops else OPTIMIZER
     if found == LINEAR and not launch.products:
