@@ -147,6 +147,8 @@ def compile_update(
     lowered_at = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder} if target.platform == "cuda" else {}
+        if dump and jax.__version_info__ >= (0, 11):
+            dump["xla_dump_emitter_re"] = ".*"  # since then PTX is left only where it is asked for
         try:
             compiled = lowered.compile(compiler_options=dict(options or {}) | dump)
         except jax.errors.JaxRuntimeError as error:
