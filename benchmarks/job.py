@@ -69,11 +69,15 @@ def resolve(
     overrides: str,
     **rest,
 ) -> RunConfig:
-    """The preset with the benchmark's settings over it; `rest` holds dropout, seed and the precision's fields."""
+    """The preset with the benchmark's settings over it; `rest` holds dropout, seed and the precision's fields.
+
+    None is the preset's own size or dropout.
+    """
     values = to_dict(get_preset(preset))
     sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "accumulation": accumulation}
     values |= {name: size for name, size in sizes.items() if size is not None} | {"seed": rest["seed"], "out": ""}
-    values["model"]["dropout"] = rest["dropout"]
+    if rest["dropout"] is not None:
+        values["model"]["dropout"] = rest["dropout"]
     values["precision"] |= {
         "params": "float32",
         **{name: rest[name] for name in ("compute", "newton_schulz", "matmul", "attention")},

@@ -293,7 +293,7 @@ def main() -> int:
         sequence_length=options.sequence_length,
         accumulation=options.accumulation,
         overrides="",
-        dropout=job.get_preset(options.preset).model.dropout if options.dropout is None else options.dropout,
+        dropout=options.dropout,
         seed=0,
         **{"compute": "bfloat16", "newton_schulz": "bfloat16", "matmul": "highest", "attention": "fused"},
     )

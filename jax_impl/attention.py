@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_impl import random
-from jax_impl.attention_kernel import flash_attention
 from jax_impl.backend import HOPPER, machine
 from jax_impl.products import accumulator, product
 from recipe.config import PrecisionConfig
@@ -28,6 +27,8 @@ def fused_attention(
 ) -> jax.Array:
     """`attention` without its scores in memory, by cuDNN, or with dropout by our kernel; needs a GPU and 16 bits."""
     if key is not None and rate > 0.0:
+        from jax_impl.attention_kernel import flash_attention  # here, for not every build of jaxlib has Triton
+
         return flash_attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
     local_window = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
@@ -71,7 +72,7 @@ def attend_block(
     first: int,
     *,
     window: int | None,
-    decided_XGTS: jax.Array | None,
+    decided: jax.Array | None,
     rate: float,
 ) -> jax.Array:
     """Attention (X, G, T, H) of queries at positions start ... to keys at positions first ...; scores are (X, Q, S)."""
@@ -82,8 +83,8 @@ def attend_block(
     scores_XQS = product("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)
     scores_XGTS = jnp.where(visible(t, s, window), scores_XQS.reshape(X, G, T, S), -jnp.inf)
     probs_XGTS = jax.nn.softmax(scores_XGTS, axis=-1).astype(dtype)
-    if decided_XGTS is not None:
-        probs_XGTS = random.drop(probs_XGTS, decided_XGTS, rate, first)
+    if decided is not None:
+        probs_XGTS = random.drop(probs_XGTS, decided, rate, first)
     return product("xqs,xsh->xqh", probs_XGTS.reshape(X, G * T, S), v_XSH, dtype).reshape(X, G, T, H)
 
 
@@ -132,9 +133,9 @@ def attention(
             whole, part = divmod(first, QUERY_BLOCK)
             pieces = (k_pieces[whole : block + 1], v_pieces[whole : block + 1])
             k_seen_XSH, v_seen_XSH = (jnp.concatenate(x, axis=1)[:, part:] for x in pieces)
-            decided_XGTS = decided[block] if decided else None
+            of_block = decided[block] if decided else None
             seen = (q_pieces[block], k_seen_XSH, v_seen_XSH)
-            outputs.append(attend_block(*seen, start, first, window=window, decided_XGTS=decided_XGTS, rate=rate))
+            outputs.append(attend_block(*seen, start, first, window=window, decided=of_block, rate=rate))
         return jnp.concatenate(outputs, axis=2)
 
     operands = q_XGTH, k_XSH, v_XSH, decided

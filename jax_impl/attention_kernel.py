@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jax_impl.products import accumulator
+from recipe.config import UserError
 from recipe.dropout import RESOLUTION, kept_share, threshold
 
 # Threefry-2x32 as in `torch_ref/random.py`.
@@ -64,7 +65,7 @@ def tiles_of(head_dim: int) -> Tiles:
         return Tiles(Tile(64, 64), Tile(64, 64), Tile(128, 64, warps=8))
     if head_dim <= 256:
         return Tiles(Tile(64, 32), Tile(64, 32), Tile(128, 32, warps=8))
-    raise ValueError(f"head_dim={head_dim} exceeds 256, all that fits the kernel; choose precision.attention=explicit.")
+    raise UserError(f"head_dim={head_dim} exceeds 256, all that fits the kernel; choose precision.attention=explicit.")
 
 
 class _Settings(NamedTuple):

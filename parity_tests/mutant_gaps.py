@@ -1040,6 +1040,22 @@ def kernel(name: str, module: str, old: str, new: str, caught_by: str) -> Mutant
 
 
 ON_A_GPU = (
+    slip(
+        "shared",
+        "dropout's rate rounded down",
+        "recipe.dropout",
+        "round(rate * RESOLUTION)",
+        "int(rate * RESOLUTION)",
+        ONE,
+    ),
+    slip(
+        "shared",
+        "what stays is divided by too much",
+        "recipe.dropout",
+        "1.0 - threshold(rate) / RESOLUTION",
+        "1.0 - (threshold(rate) - 1) / RESOLUTION",
+        ONE,
+    ),
     kernel("columns beyond the vocabulary count", "loss_kernel", "if V % TILE_V:", "if False:", LOSS_KERNEL),
     kernel(
         "segments' sums are not rescaled",

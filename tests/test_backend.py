@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jax_impl.attention
+import jax_impl.attention_kernel
 from harness.loop import describe
 from jax_impl import backend
 from jax_impl.train import Trainer
@@ -80,7 +81,9 @@ def test_which_attention_runs_and_why(platform, precision, dropout, runs, reason
 
 def test_dropout_decides_between_the_fused_kernels(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax_impl.attention, "flash_attention", lambda *_, rate, **__: calls.append(("ours", rate)))
+    monkeypatch.setattr(
+        jax_impl.attention_kernel, "flash_attention", lambda *_, rate, **__: calls.append(("ours", rate))
+    )
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **how: calls.append(how["implementation"]))
     for rate, key in ((0.1, jax.random.key(0)), (0.0, jax.random.key(0)), (0.1, None)):
         jax_impl.attention.fused_attention(*jnp.zeros((3, 1, 5, 2, 8)), window=None, rate=rate, key=key)

@@ -18,7 +18,6 @@ from benchmarks.plan.targets import Target, get_target
 from harness.cli import parse, run
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import RunConfig, UserError, require
-from recipe.presets import get_preset
 
 SHOWN = ("jax", "jaxlib", "flax", "optax")
 """Packages that can change the program; a target's own come beside them."""
@@ -75,15 +74,14 @@ class PlanConfig:
 
     def resolve(self, preset: str) -> RunConfig:
         """The preset with these settings over it."""
-        own = get_preset(preset)
         return job.resolve(
             preset,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             accumulation=self.accumulation,
             overrides=self.overrides,
-            dropout=own.model.dropout if self.dropout is None else self.dropout,
-            seed=own.seed,
+            dropout=self.dropout,
+            seed=0,
             compute=self.dtype,
             newton_schulz=self.newton_schulz,
             matmul=self.matmul,
