@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from torch_ref.newton_schulz import KELLER_JORDAN_COEFFS
+from torch_ref.muon.newton_schulz import KELLER_JORDAN
 
 
 def repeat_kv(x_BSKH: torch.Tensor, groups: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def attention(q_BTNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, 
 
 def newton_schulz(x_OI: torch.Tensor, *, steps: int, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """The iteration on one matrix, every operation in `dtype`; the notebook puts it under torch.compile."""
-    a, b, c = KELLER_JORDAN_COEFFS
+    a, b, c = KELLER_JORDAN[0]
     x = x_OI.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x

@@ -29,7 +29,7 @@ from harness.surroundings import git_commit
 from recipe.config import RunConfig, require
 from recipe.params import param_specs
 from torch_ref import model as reference_model
-from torch_ref.muon import clip_by_global_norm
+from torch_ref.hybrid import clip_by_global_norm
 from torch_ref.train import init_state
 
 MODES = ("torch-eager", "torch-eager-lce")

@@ -12,7 +12,8 @@ from benchmarks.job import WorkContract
 from benchmarks.worker import Part, serve
 from jax_impl import attention, loss, random
 from jax_impl.backend import machine
-from jax_impl.muon import clip_by_global_norm, label_params, orthogonalize_all
+from jax_impl.hybrid import clip_by_global_norm, qwen_matrices
+from jax_impl.muon import KELLER_JORDAN, orthogonalize
 from jax_impl.train import Trainer, make_optimizer
 from recipe.config import RunConfig
 from recipe.contract import FLOAT32_PROBE, NOT_THERE, accumulation_of, dropout_of, float32_product, xla_threads
@@ -109,14 +110,14 @@ class JaxSide:
             return self.trainer.state, norm
 
         grads = jax.tree.map(jnp.copy, self.trainer.state.params)
-        labels = label_params(grads, shape)
-        matrices = {path: grad for path, grad in grads.items() if labels[path] == "muon"}
+        matrices = {path: grad for path, grad in grads.items() if qwen_matrices(path, grad, model=shape)}
         newton_schulz = jax.jit(
             functools.partial(
-                orthogonalize_all,
-                steps=config.muon.ns_steps,
+                orthogonalize,
+                coefficients=KELLER_JORDAN[:1] * config.muon.ns_steps,
                 eps=config.muon.eps,
-                dtype=jnp.dtype(config.precision.newton_schulz),
+                dtype=config.precision.newton_schulz,
+                batched=machine().batched_matrices,
             )
         )
 

@@ -25,8 +25,8 @@ from torch_ref import loss as reference_loss
 from torch_ref import model as reference_model
 from torch_ref import muon as reference_muon
 from torch_ref import random
-from torch_ref.muon import adamw_groups, clip_by_global_norm, orthogonalize_all
-from torch_ref.newton_schulz import orthogonalize_via_newton_schulz
+from torch_ref.hybrid import adamw_groups, clip_by_global_norm
+from torch_ref.muon import KELLER_JORDAN, orthogonalize, orthogonalize_via_newton_schulz
 from torch_ref.train import Trainer, make_schedule
 from torch_ref.weights import from_hf
 
@@ -189,7 +189,8 @@ class TorchSide:
         """A function of a list of matrices; None where it cannot be told from the optimizer."""
         muon = self.config.muon
         dtype = getattr(torch, self.config.precision.newton_schulz)
-        return functools.partial(orthogonalize_all, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
+        coefficients = KELLER_JORDAN[:1] * muon.ns_steps
+        return functools.partial(orthogonalize, coefficients=coefficients, eps=muon.eps, dtype=dtype)
 
     def optimize(self) -> None:
         """Clip and both optimizers, on the gradients of the last update."""

@@ -22,7 +22,7 @@ from jax_impl import random
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import machine, on_device_of
 from jax_impl.generate import make_generator
-from jax_impl.muon import clip_by_global_norm, muon_with_adamw
+from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
 from jax_impl.weights import Params, bind, from_hf, model_structure, optimizer_slots, restore_optimizer, to_hf
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors

@@ -55,7 +55,7 @@ def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
     """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and Hugging Face name, in torch's layout."""
     states = opt_state.inner_states
-    muon_state, adam_state = states["muon"].inner_state[0], states["adamw"].inner_state[0]
+    muon_state, adam_state = states["muon"].inner_state[0], states["other"].inner_state[0]
     slots = {"mu": muon_state.mu, "exp_avg": adam_state.mu, "exp_avg_sq": adam_state.nu}
     return {
         slot: to_hf({path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)})
@@ -72,14 +72,14 @@ def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], 
             for path, leaf in tree.items()
         }
 
-    muon, adamw = opt_state.inner_states["muon"], opt_state.inner_states["adamw"]
+    muon, adamw = opt_state.inner_states["muon"], opt_state.inner_states["other"]
     muon_state, *muon_rest = muon.inner_state
     adam_state, *adam_rest = adamw.inner_state
     muon_state = muon_state._replace(mu=filled(muon_state.mu, "mu"))
     adam_state = adam_state._replace(mu=filled(adam_state.mu, "exp_avg"), nu=filled(adam_state.nu, "exp_avg_sq"))
     states = {
         "muon": muon._replace(inner_state=(muon_state, *muon_rest)),
-        "adamw": adamw._replace(inner_state=(adam_state, *adam_rest)),
+        "other": adamw._replace(inner_state=(adam_state, *adam_rest)),
     }
     # The scalars count updates, for Adam's bias correction and both schedules; each its own buffer, to be donated.
     return jax.tree.map(

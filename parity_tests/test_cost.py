@@ -22,7 +22,7 @@ from parity_tests.cases import AWKWARD, FLOAT32, random_tokens, random_weights, 
 from parity_tests.sides import JaxModel, TorchModel
 from recipe.config import PrecisionConfig
 from recipe.sampling import CHUNK, SamplingOptions
-from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
+from torch_ref.muon.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 
 MODEL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
 COMPILE = "/jax/core/compile/backend_compile_duration"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import jax_impl.muon
+import jax_impl.hybrid
 import jax_impl.weights
-import torch_ref.muon
+import torch_ref.hybrid
 import torch_ref.weights
 from parity_tests.cases import FLOAT64, VARIANTS, random_weights
 from parity_tests.compare.tolerance import SAFETY, check
@@ -30,11 +30,11 @@ def by_label(model) -> dict[str, set[str]]:
         jax_impl.weights.flax_path(name, spec.role): jax.ShapeDtypeStruct(spec.shape, jnp.float32)
         for name, spec in param_specs(model).items()
     }
-    labels = jax_impl.muon.label_params(abstract, model)
-    return {
-        label: {jax_impl.weights.hf_name(path) for path, its in labels.items() if its == label}
-        for label in ("muon", "adamw")
-    }
+    labels: dict[str, set[str]] = {"muon": set(), "adamw": set()}
+    for path, leaf in abstract.items():
+        is_matrix = jax_impl.hybrid.qwen_matrices(path, leaf, model=model) is not None
+        labels["muon" if is_matrix else "adamw"].add(jax_impl.weights.hf_name(path))
+    return labels
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -43,7 +43,7 @@ def test_each_parameter_has_one_optimizer_and_the_same_in_both(name):
     labels = by_label(model)
     assert labels["muon"] | labels["adamw"] == set(param_specs(model)) and not labels["muon"] & labels["adamw"]
     module = torch_ref.weights.from_hf(random_weights(model), model, FLOAT64)
-    hybrid = torch_ref.muon.MuonWithAdamW(module, MuonConfig(), AdamWConfig())
+    hybrid = torch_ref.hybrid.MuonWithAdamW(module, MuonConfig(), AdamWConfig())
     names = {parameter: its for its, parameter in module.named_parameters()}
     for label, optimizer in (("muon", hybrid.muon), ("adamw", hybrid.adamw)):
         theirs = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -70,7 +70,7 @@ class Update:
         factors = np.linspace(0.5, 1.0, STEPS)
         with jax.enable_x64(True):
             params = jax_impl.weights.from_hf(self.weights, model, FLOAT64)
-            hybrid = jax_impl.muon.muon_with_adamw(
+            hybrid = jax_impl.hybrid.muon_with_adamw(
                 muon, adamw, model, schedule=lambda count: jnp.asarray(factors)[count], ns_dtype=jnp.float64
             )
             state, update = hybrid.init(params), jax.jit(hybrid.update)
@@ -80,7 +80,7 @@ class Update:
             self.jax = jax_impl.weights.to_hf(params)
             self.jax_slots = jax_impl.weights.optimizer_slots(state)
         module = torch_ref.weights.from_hf(self.weights, model, FLOAT64)
-        optimizer = torch_ref.muon.MuonWithAdamW(module, muon, adamw, ns_dtype=torch.float64)
+        optimizer = torch_ref.hybrid.MuonWithAdamW(module, muon, adamw, ns_dtype=torch.float64)
         for step, factor in zip(grads, factors, strict=True):
             for name, parameter in module.named_parameters():
                 parameter.grad = torch.tensor(step[name])
@@ -129,12 +129,12 @@ def test_norms_decay_only_if_asked(decay_norms):
     weights = random_weights(model)
     adamw = AdamWConfig(learning_rate=0.5, weight_decay=0.1, decay_norms=decay_norms)
     params = jax_impl.weights.from_hf(weights, model, dataclasses.replace(FLOAT64, params="float32", compute="float32"))
-    hybrid = jax_impl.muon.muon_with_adamw(MuonConfig(), adamw, model, schedule=lambda count: 1.0)
+    hybrid = jax_impl.hybrid.muon_with_adamw(MuonConfig(), adamw, model, schedule=lambda count: 1.0)
     updates, _ = hybrid.update(jax.tree.map(jnp.zeros_like, params), hybrid.init(params), params)
     module = torch_ref.weights.from_hf(weights, model, FLOAT64)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    torch_ref.muon.MuonWithAdamW(module, MuonConfig(), adamw).step(1.0)
+    torch_ref.hybrid.MuonWithAdamW(module, MuonConfig(), adamw).step(1.0)
     after = torch_ref.weights.to_hf(dict(module.named_parameters()))
     for name, spec in param_specs(model).items():
         decays = spec.role in ("embedding", "head") or (decay_norms and spec.role in ("norm", "bias"))
@@ -150,9 +150,9 @@ def test_one_clip_over_all_parameters():
     for limit in (0.5, 2 * norm):
         expected = min(1.0, limit / (norm + 1e-6))
         with jax.enable_x64(True):
-            clipped, jax_norm = jax_impl.muon.clip_by_global_norm(jax.tree.map(jnp.asarray, arrays), limit)
+            clipped, jax_norm = jax_impl.hybrid.clip_by_global_norm(jax.tree.map(jnp.asarray, arrays), limit)
         tensors = {name: torch.tensor(x) for name, x in arrays.items()}
-        torch_norm = torch_ref.muon.clip_by_global_norm(list(tensors.values()), limit)
+        torch_norm = torch_ref.hybrid.clip_by_global_norm(list(tensors.values()), limit)
         oracle = {name: torch.nn.Parameter(torch.zeros(x.shape).double()) for name, x in arrays.items()}
         for name, parameter in oracle.items():
             parameter.grad = torch.tensor(arrays[name])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import jax_impl.backend
-import jax_impl.muon
-import torch_ref.muon
+import jax_impl.muon.batches
+import torch_ref.muon.batches
 from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance
 from recipe.contract import UNIT_ROUNDOFF
@@ -160,7 +160,7 @@ def test_optax_contrib_muon_is_another_optimizer():
 def test_square_kernels_are_iterated_as_fan_out_by_fan_in():
     """In bfloat16 X X^T and X^T X give other bits, and each kernel must take its torch twin's."""
     x = gradients(1.0)[0]["square"]
-    together = jax_impl.muon.orthogonalize_all({"square": jnp.asarray(x.T, jnp.float32)})["square"]
+    together = jax_impl.muon.orthogonalize({"square": jnp.asarray(x.T, jnp.float32)})["square"]
     right = jax_impl.muon.orthogonalize_via_newton_schulz(jnp.asarray(x, jnp.float32)).astype(jnp.float32)
     wrong = jax_impl.muon.orthogonalize_via_newton_schulz(jnp.asarray(x.T, jnp.float32)).astype(jnp.float32).T
     np.testing.assert_array_equal(np.asarray(together).T, right)
@@ -186,15 +186,14 @@ def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, 
         name: torch_ref.muon.orthogonalize_via_newton_schulz(torch.tensor(x), dtype=torch.float64).numpy()
         for name, x in matrices.items()
     }
-    record = jax_impl.backend.GPU if batches else jax_impl.backend.CPU
-    monkeypatch.setattr(jax_impl.muon, "machine", lambda: record)
-    monkeypatch.setattr(torch_ref.muon, "takes_batches", lambda device: batches)
-    counting(jax_impl.muon, "jax")
-    counting(torch_ref.muon, "torch")
+    counting(jax_impl.muon.batches, "jax")
+    counting(torch_ref.muon.batches, "torch")
     with jax.enable_x64(True):
         kernels = {name: jnp.asarray(x.T) for name, x in matrices.items()}
-        from_jax = jax_impl.muon.orthogonalize_all(kernels, dtype=jnp.float64)
-    from_torch = torch_ref.muon.orthogonalize_all([torch.tensor(x) for x in matrices.values()], dtype=torch.float64)
+        from_jax = jax_impl.muon.orthogonalize(kernels, dtype="float64", batched=batches)
+    from_torch = torch_ref.muon.orthogonalize(
+        [torch.tensor(x) for x in matrices.values()], dtype=torch.float64, batched=batches
+    )
     for name, theirs in zip(matrices, from_torch, strict=True):
         check(f"jax {name}", np.asarray(from_jax[name]).T, alone[name], allowance(matrices[name], "float64"))
         check(f"torch {name}", theirs.numpy(), alone[name], allowance(matrices[name], "float64"))
@@ -203,10 +202,18 @@ def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, 
 
 
 def test_batches_are_for_gpus(monkeypatch):
-    for backend, batches in (("cpu", False), ("gpu", True)):
+    """The machine's record says what `orthogonalize` would choose by itself; torch's looks at the tensors."""
+    taken = []
+    for module in (jax_impl.muon.batches, torch_ref.muon.batches):
+        monkeypatch.setattr(module, "_in_batches", lambda stacks, options: taken.append("batched") or stacks)
+        monkeypatch.setattr(module, "_one_by_one", lambda stacks, options: taken.append("one by one") or stacks)
+    for backend, device in (("cpu", "cpu"), ("gpu", "meta")):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        device = torch.device("cuda" if backend == "gpu" else "cpu")
-        assert (jax_impl.backend.machine().batched_matrices, torch_ref.muon.takes_batches(device)) == (batches, batches)
+        batched = jax_impl.backend.machine().batched_matrices
+        jax_impl.muon.orthogonalize({"a": jnp.ones((4, 6))})
+        torch_ref.muon.orthogonalize([torch.ones(4, 6, device=device)])
+        assert taken == ["batched" if batched else "one by one"] * 2
+        taken.clear()
 
 
 def test_it_behaves_as_an_optax_transformation():
@@ -220,7 +227,7 @@ def test_it_behaves_as_an_optax_transformation():
     kernel = {"a": grads["a"]}
     without_params, _ = alone.update(kernel, alone.init(kernel))
     np.testing.assert_array_equal(without_params["a"], updates["a"])
-    scheduled = optax.inject_hyperparams(jax_impl.muon.muon, static_args=("ns_steps", "ns_dtype"))(learning_rate=0.1)
+    scheduled = optax.inject_hyperparams(jax_impl.muon.muon)(learning_rate=0.1)
     injected, state = scheduled.update(kernel, scheduled.init(kernel), kernel)
     assert float(state.hyperparams["learning_rate"]) == np.float32(0.1)
     check("injected", injected["a"], updates["a"], allowance(np.ones((6, 4)), "bfloat16"))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from jax_impl.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
+from jax_impl.muon.newton_schulz import KELLER_JORDAN
+from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
 from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance, bias_allowance, newton_schulz
 from recipe.contract import UNIT_ROUNDOFF
-from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
+from torch_ref.muon.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 
 SHAPES = [(96, 96), (192, 64), (64, 160)]
 DTYPES = ["float64", "float32", "bfloat16"]
@@ -24,7 +25,7 @@ def on_jax(x_OI: np.ndarray, dtype: str, **options) -> np.ndarray:
     with jax.enable_x64(dtype == "float64"):
         # A Python string is traced as a static argument; the input arrives in float32 unless it is float64.
         x = jnp.asarray(x_OI, "float64" if dtype == "float64" else "float32")
-        return np.asarray(jax_newton_schulz(x, dtype=jnp.dtype(dtype), **options).astype(x.dtype), np.float64)
+        return np.asarray(jax_newton_schulz(x, dtype=dtype, **options).astype(x.dtype), np.float64)
 
 
 def on_torch(x_OI: np.ndarray, dtype: str, **options) -> np.ndarray:
@@ -109,7 +110,7 @@ def test_singular_values_lie_in_the_band(side):
 def test_a_tall_matrix_is_iterated_wide():
     """Values cannot show a missing transpose; the cost can: steps * (4 n^2 m + 2 n^3) with n the short side."""
     tall = jax.ShapeDtypeStruct((256, 64), jnp.float32)
-    compiled = jax_newton_schulz.lower(tall, steps=1, dtype=jnp.float32).compile()
+    compiled = jax_newton_schulz.lower(tall, coefficients=KELLER_JORDAN[:1], dtype="float32").compile()
     n, m = 64, 256
     flops = compiled.cost_analysis()["flops"]
     # Elementwise work is of order n m; a Gram matrix of the long side would cost ten times as much.

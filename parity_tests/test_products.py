@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_impl.newton_schulz import orthogonalize_via_newton_schulz
+from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.products import accumulator, in_memory, product
 from jax_impl.train import init_state, make_train_step
 from parity_tests.cases import AWKWARD

@@ -29,13 +29,13 @@ import torch_ref.generate
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.train
-from jax_impl.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
+from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
 from parity_tests.cases import AWKWARD, BFLOAT16, random_tokens, random_weights, run_config
 from parity_tests.sides import JaxModel, TorchModel, TorchTraining
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import param_specs
 from recipe.sampling import SamplingOptions
-from torch_ref.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
+from torch_ref.muon.newton_schulz import orthogonalize_via_newton_schulz as torch_newton_schulz
 
 MODEL = dataclasses.replace(AWKWARD, attention_bias=True, tie_word_embeddings=False, dropout=0.1)
 L = MODEL.num_hidden_layers

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import jax_impl.attention
 import torch_ref.attention
-import torch_ref.muon
+import torch_ref.hybrid
+import torch_ref.muon.batches
 import torch_ref.train
 from harness.folders import find_weights, load_folder
 from harness.hf_config import to_hf_config
@@ -235,8 +236,8 @@ def _optimizer_noise(precision: PrecisionConfig) -> Iterator[None]:
         return with_noise
 
     patches = (
-        (torch_ref.muon, "orthogonalize_via_newton_schulz", precision.newton_schulz),
-        (torch_ref.muon.MuonWithAdamW, "step", precision.params),
+        (torch_ref.muon.batches, "orthogonalize_via_newton_schulz", precision.newton_schulz),
+        (torch_ref.hybrid.MuonWithAdamW, "step", precision.params),
         (torch_ref.train, "clip_by_global_norm", precision.params),
     )
     with contextlib.ExitStack() as stack:

@@ -19,8 +19,8 @@ from recipe.schedule import learning_rate_factors
 from torch_ref import random
 from torch_ref.attention import attention_in_use, why_not_fused
 from torch_ref.generate import make_generator
+from torch_ref.hybrid import MuonWithAdamW, clip_by_global_norm
 from torch_ref.model import Qwen3ForCausalLM
-from torch_ref.muon import MuonWithAdamW, clip_by_global_norm
 from torch_ref.weights import from_hf, optimizer_slots, restore_optimizer, to_hf
 
 

@@ -126,9 +126,7 @@ def path_of(keys: tuple) -> str:
     return "/".join(names[:-1] if is_variable else names)
 
 
-def map_matrices(
-    function: Callable[..., Any], matrices: Matrices | None, tree: Any, *rest: Any
-) -> Any:
+def map_matrices(function: Callable[..., Any], matrices: Matrices | None, tree: Any, *rest: Any) -> Any:
     """`function(leaf, its Matrix, ...)` over a tree and others of its structure; ValueError for a leaf that is none."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf, *others: function(leaf, matrix_of(path_of(keys), leaf, matrices), *others), tree, *rest
@@ -147,11 +145,18 @@ def matrix_of(path: str, leaf: Any, matrices: Matrices | None) -> Matrix:
             f"function of path and leaf that says which axes are inputs and outputs (flax_matrices, equinox_matrices)."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"{path} {shape} is {leaf.dtype}, and Muon takes real floating numbers: give it to another optimizer.")
+        raise ValueError(
+            f"{path} {shape} is {leaf.dtype}, and Muon takes real floating numbers: give it to another optimizer."
+        )
     axes = [*matrix.fan_in, *matrix.fan_out]
     counted = [axis if axis < 0 else axis - len(shape) for axis in axes]
-    if not (matrix.fan_in and matrix.fan_out) or len(set(counted)) < len(axes) or min(counted) < -len(shape) or max(counted) >= 0:
-        raise ValueError(f"{path} {shape} cannot be {matrix}: each side needs axes of its own, from -{len(shape)} to {len(shape) - 1}.")
+    if (
+        not (matrix.fan_in and matrix.fan_out)
+        or len(set(counted)) < len(axes)
+        or min(counted) < -len(shape)
+        or max(counted) >= 0
+    ):
+        raise ValueError(f"{path} {shape} cannot be {matrix}: each side needs axes of its own, of {len(shape)}.")
     return Matrix(tuple(counted[: len(matrix.fan_in)]), tuple(counted[len(matrix.fan_in) :]))
 
 
@@ -182,7 +187,7 @@ def from_stack(stack: jax.Array, matrix: Matrix, shape: tuple[int, ...]) -> jax.
 
 
 def explain(params: Any, matrices: Matrices | None = None) -> str:
-    """A line for each leaf: its path and shape, and whether Muon takes it, as how many matrices, with which fan ratio."""
+    """A line for each leaf: path, shape, who takes it, as how many matrices (fan_out, fan_in), with which fan ratio."""
     rule, lines = matrices or two_axes, []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = path_of(keys)

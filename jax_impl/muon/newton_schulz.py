@@ -78,7 +78,7 @@ def orthogonalize_via_newton_schulz(
     tall = x_OI.shape[-2] > x_OI.shape[-1]
     x = (x_OI.mT if tall else x_OI).astype(wide)
     x = normalize(x, eps).astype(dtype)
-    iterate = _iterate_gram if gram and gram_pays(*x.shape[-2:], len(coefficients)) else _iterate
+    iterate = _iterate_gram if gram and gram_pays(x.shape[-2], x.shape[-1], len(coefficients)) else _iterate
     x = iterate(x, coefficients, rounds_gram)
     return x.mT if tall else x
 

@@ -1,43 +1,134 @@
-"""Newton-Schulz orthogonalisation: the heart of Muon, as one pure function."""
+"""Newton-Schulz orthogonalisation: the heart of Muon, as pure functions on stacks of matrices.
+
+Tables of coefficients are tuples of rows (a, b, c), one for each step: x -> a x + b x^3 + c x^5 on singular values.
+"""
+
+import itertools
 
 import torch
 
+Coefficients = tuple[tuple[float, float, float], ...]
+
 # Keller Jordan's quintic, tuned for slope at zero: https://kellerjordan.github.io/posts/muon/
-KELLER_JORDAN_COEFFS = (3.4445, -4.7750, 2.0315)
+KELLER_JORDAN: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+
+_POLAR_EXPRESS_ROWS: Coefficients = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+# The first five rows of Algorithm 1 in "The Polar Express" (https://arxiv.org/abs/2505.16932), best in the worst case
+# for singular values from 1e-3 to 1, with the paper's margin of 1.01 against rounding.
+POLAR_EXPRESS: Coefficients = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS_ROWS)
+
+# Other rows by the same method, with a margin of 1.02 in all but the last: those of dion, modded-nanogpt and nanochat.
+POLAR_EXPRESS_DION: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+# YouJiacheng's five rows in dion and DeepSpeed, found by search: values in [0.01, 1] of the norm end nearer to one.
+YOU: Coefficients = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+# p(1) = 1 and p'(1) = 0: converges to U V^T itself, where the tables above stay in a band around it; slope 2 at zero.
+CONVERGENT: Coefficients = ((2.0, -1.5, 0.5),) * 12
+
+# Steps of the Gram form after which X is made anew. In bfloat16 its error is then no more than the plain form's.
+GRAM_RESTARTS = (2, 3)
 
 
 def orthogonalize_via_newton_schulz(
     x_OI: torch.Tensor,
     *,
-    steps: int = 5,
-    coeffs: tuple[float, float, float] = KELLER_JORDAN_COEFFS,
+    coefficients: Coefficients = KELLER_JORDAN,
     eps: float = 1e-7,
     dtype: torch.dtype = torch.bfloat16,
+    gram: bool = False,
 ) -> torch.Tensor:
     """Replace the singular values of each matrix by values near one: U S V^T -> about U V^T.
 
     x_OI has shape (..., fan_out, fan_in); leading axes are a batch. A square matrix must come as (fan_out, fan_in),
-    since the iteration works on X X^T. X = x / (||x||_F + eps), then `steps` times
+    since the iteration works on X X^T. X = x / (||x||_F + eps), then for each row (a, b, c) of the coefficients
 
         A = X X^T,  B = b A + c A A,  X = a X + B X
 
     on the wide orientation. X, A and B are stored in `dtype`, each rounded once: `baddbmm` adds before it rounds, and
     takes the coefficients in float32. Returns `dtype`.
-    """
-    a, b, c = coeffs
-    wide = torch.promote_types(dtype, torch.float32)
 
+    `gram` lets matrices whose long side is more than 1.5 times the short one iterate on A alone (`_iterate_gram`).
+    """
+    wide = torch.promote_types(dtype, torch.float32)
     tall = x_OI.shape[-2] > x_OI.shape[-1]
     x = (x_OI.mT if tall else x_OI).to(wide)
-    norm = torch.sqrt(torch.sum(x * x, dim=(-2, -1), keepdim=True))
-    x = (x / (norm + eps)).to(dtype)
-    batch_shape = x.shape[:-2]
-    x = x.reshape(-1, *x.shape[-2:])
+    x = normalize(x, eps).to(dtype)
+    iterate = _iterate_gram if gram and gram_pays(x.shape[-2], x.shape[-1], len(coefficients)) else _iterate
+    x = iterate(x.reshape(-1, *x.shape[-2:]), coefficients).reshape(x.shape)
+    return x.mT if tall else x
 
-    for _ in range(steps):
+
+def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / (||x||_F + eps) for each matrix of a stack, whose norm neither overflows nor vanishes at any scale.
+
+    What is squared are the entries over a power of two near the largest of them: an exact division.
+    """
+    largest = torch.amax(torch.abs(x), dim=(-2, -1), keepdim=True)
+    # Up to 2^100 either way, so that no reciprocal is subnormal; what is left of the range has room for squares.
+    scale = torch.ldexp(torch.ones_like(largest), torch.clamp(torch.frexp(largest)[1] - 1, -100, 100))
+    x = x / scale
+    return x / (torch.sqrt(torch.sum(x * x, dim=(-2, -1), keepdim=True)) + eps / scale)
+
+
+def gram_pays(short: int, long: int, steps: int) -> bool:
+    """Whether the Gram form multiplies less than the plain one, in FLOPs over 2 short^2.
+
+    In a segment of n steps it makes A once and X once, a product for each B, two for each new A, one for each new Q.
+    """
+    in_gram = sum(2 * long + short * (n + 3 * (n - 1)) for n in _segments(steps))
+    return in_gram < steps * (2 * long + short)
+
+
+def _segments(steps: int) -> list[int]:
+    """Steps between restarts of the Gram form: 5 -> [2, 1, 2]."""
+    ends = [0, *(step for step in GRAM_RESTARTS if step < steps), steps]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def _iterate(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+    """The plain form, three products a step."""
+    for a, b, c in coefficients:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
-    x = x.reshape(*batch_shape, *x.shape[-2:])
-    return x.mT if tall else x
+
+def _iterate_gram(x: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+    """The same polynomials on A = X X^T, whose sides are short, with X = Q X at the end of each segment.
+
+    Source: Dao-AILab's Gram Newton-Schulz, which restarts once and in float16. Q multiplies by up to a^n what rounding
+    put into A's null directions; making X and A anew stops it.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = iter(coefficients)
+    for length in _segments(len(coefficients)):
+        gram, q = torch.bmm(x, x.mT), torch.eye(x.shape[-2], dtype=wide, device=x.device)
+        for done in range(length):
+            a, b, c = next(rows)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            q = torch.baddbmm(q, polynomial, q, beta=a) if done else (a * q + polynomial.to(wide)).to(x.dtype)
+            if done < length - 1:
+                half = torch.baddbmm(gram, polynomial, gram, beta=a)  # (a I + B) A (a I + B), one side at a time
+                gram = torch.baddbmm(half, half, polynomial, beta=a)
+        x = torch.bmm(q, x)
+    return x

@@ -1,0 +1,33 @@
+"""Muon for anybody's model: an optax `GradientTransformation` that needs jax and optax alone (docs/muon.md)."""
+
+from jax_impl.muon.alias import MultiSteps as MultiSteps
+from jax_impl.muon.alias import muon as muon
+from jax_impl.muon.alias import muon_or as muon_or
+from jax_impl.muon.batches import orthogonalize as orthogonalize
+from jax_impl.muon.matrices import FROM_HEADS as FROM_HEADS
+from jax_impl.muon.matrices import FULLY_CONNECTED as FULLY_CONNECTED
+from jax_impl.muon.matrices import OUT_IN as OUT_IN
+from jax_impl.muon.matrices import TO_HEADS as TO_HEADS
+from jax_impl.muon.matrices import Matrices as Matrices
+from jax_impl.muon.matrices import Matrix as Matrix
+from jax_impl.muon.matrices import equinox_matrices as equinox_matrices
+from jax_impl.muon.matrices import explain as explain
+from jax_impl.muon.matrices import flax_matrices as flax_matrices
+from jax_impl.muon.matrices import two_axes as two_axes
+from jax_impl.muon.newton_schulz import CONVERGENT as CONVERGENT
+from jax_impl.muon.newton_schulz import GRAM_RESTARTS as GRAM_RESTARTS
+from jax_impl.muon.newton_schulz import KELLER_JORDAN as KELLER_JORDAN
+from jax_impl.muon.newton_schulz import POLAR_EXPRESS as POLAR_EXPRESS
+from jax_impl.muon.newton_schulz import POLAR_EXPRESS_DION as POLAR_EXPRESS_DION
+from jax_impl.muon.newton_schulz import YOU as YOU
+from jax_impl.muon.newton_schulz import Coefficients as Coefficients
+from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz as orthogonalize_via_newton_schulz
+from jax_impl.muon.transforms import Heads as Heads
+from jax_impl.muon.transforms import ScaleByMuonState as ScaleByMuonState
+from jax_impl.muon.transforms import ScaleByNeuronNormState as ScaleByNeuronNormState
+from jax_impl.muon.transforms import add_cautious_decayed_weights as add_cautious_decayed_weights
+from jax_impl.muon.transforms import clip_qk as clip_qk
+from jax_impl.muon.transforms import scale_by_consistent_rms as scale_by_consistent_rms
+from jax_impl.muon.transforms import scale_by_fan_ratio as scale_by_fan_ratio
+from jax_impl.muon.transforms import scale_by_muon as scale_by_muon
+from jax_impl.muon.transforms import scale_by_neuron_norm as scale_by_neuron_norm

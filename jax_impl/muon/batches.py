@@ -1,0 +1,80 @@
+"""Orthogonalising a tree: which matrices share one call, and where each of them is whole."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_impl.muon.matrices import Matrices, as_stack, from_stack, matrix_of, path_of
+from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients, orthogonalize_via_newton_schulz
+
+Shardings = Callable[[str, Any], Any]
+"""Path and leaf to the `jax.sharding.NamedSharding` that the leaf has, or None."""
+
+
+def orthogonalize(
+    updates: Any,
+    matrices: Matrices | None = None,
+    *,
+    coefficients: Coefficients = KELLER_JORDAN,
+    eps: float | jax.Array = 1e-7,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+    gram: bool = False,
+    batched: bool | None = None,
+    shardings: Shardings | None = None,
+) -> Any:
+    """Each matrix of a tree with singular values near one, in the leaves' dtypes.
+
+    coefficients, eps, dtype, gram: see `orthogonalize_via_newton_schulz`.
+    matrices: which axes of a leaf are inputs and outputs; without it a leaf of two axes is (fan_in, fan_out). A leaf
+        that is no matrix raises a ValueError.
+    batched: True lets matrices that are alike when laid wide share one batched product, as accelerators like it; False
+        gives each its own, which is faster on a CPU. None: batched unless JAX's default backend is a CPU.
+    shardings: where the leaves lie on a mesh, so that each matrix is orthogonalised whole on one device (`sharded.py`);
+        not needed in explicit mode, where the types say it.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(updates)
+    leaves = [leaf for _, leaf in paths]
+    found = [matrix_of(path_of(keys), leaf, matrices) for keys, leaf in paths]
+
+    def orthogonalize_stacks(stacks: list[jax.Array]) -> list[jax.Array]:
+        options = dict(coefficients=coefficients, eps=eps, dtype=dtype, gram=gram)
+        in_batches = jax.default_backend() != "cpu" if batched is None else batched
+        return _in_batches(stacks, options) if in_batches else _one_by_one(stacks, options)
+
+    stacks = orthogonalize_stacks([as_stack(leaf, matrix) for leaf, matrix in zip(leaves, found, strict=True)])
+    # Out of `dtype` before any scaling: a factor applied in bfloat16 would cost 2e-3.
+    whole = [
+        from_stack(stack, matrix, leaf.shape).astype(leaf.dtype)
+        for stack, matrix, leaf in zip(stacks, found, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, whole)
+
+
+def _one_by_one(stacks: list[jax.Array], options: dict[str, Any]) -> list[jax.Array]:
+    """Each matrix in a call of its own; those of one stack in a loop."""
+
+    def one(x_OI: jax.Array) -> jax.Array:
+        return orthogonalize_via_newton_schulz(x_OI, **options)
+
+    return [one(stack) if stack.ndim == 2 else jax.lax.map(one, stack) for stack in stacks]
+
+
+def _in_batches(stacks: list[jax.Array], options: dict[str, Any]) -> list[jax.Array]:
+    """Matrices that are alike when laid wide in one call, whatever stack they are from."""
+    groups = collections.defaultdict(list)
+    for index, stack in enumerate(stacks):
+        groups[tuple(sorted(stack.shape[-2:]))].append(index)
+    done = list(stacks)
+    for (short, long), indices in groups.items():
+        are_tall = [stacks[i].shape[-2] > short for i in indices]
+        wide = [stacks[i].mT if is_tall else stacks[i] for i, is_tall in zip(indices, are_tall, strict=True)]
+        batch = jax.numpy.concatenate([stack.reshape(-1, short, long) for stack in wide])
+        batch = orthogonalize_via_newton_schulz(batch, rounds_gram=True, **options)
+        taken = 0
+        for i, is_tall, stack in zip(indices, are_tall, wide, strict=True):
+            count = stack.size // (short * long)
+            part = batch[taken : taken + count].reshape(stack.shape)
+            done[i], taken = part.mT if is_tall else part, taken + count
+    return done
