@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from jax_impl.muon.newton_schulz import KELLER_JORDAN
+import jax_impl.muon.newton_schulz
+import torch_ref.muon.newton_schulz
+from jax_impl.muon.newton_schulz import CONVERGENT, KELLER_JORDAN, POLAR_EXPRESS, YOU
 from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz as jax_newton_schulz
 from parity_tests.compare.tolerance import SAFETY, check, relative_error
 from parity_tests.newton_schulz_error import allowance, bias_allowance, newton_schulz
@@ -45,7 +47,10 @@ def matrix(shape, *, seed: int = 0, condition: float | None = None) -> np.ndarra
     return x.astype(np.float32).astype(np.float64)
 
 
-@pytest.mark.parametrize("condition", [None, 1e4], ids=["gaussian", "ill-conditioned"])
+CONDITIONS = pytest.mark.parametrize("condition", [None, 1e4], ids=["gaussian", "ill-conditioned"])
+
+
+@CONDITIONS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_what_rounding_makes(shape, dtype, condition):
@@ -54,6 +59,44 @@ def test_error_is_what_rounding_makes(shape, dtype, condition):
     errors = {side: check(f"{side} {dtype}", run(x, dtype), truth, limit) for side, run in SIDES.items()}
     if dtype != "float64":
         assert errors["jax"] <= SAFETY * errors["torch"], "no worse than the reference's own error"
+
+
+FORMS = {
+    "Jordan, Gram": {"gram": True},
+    "Polar Express": {"coefficients": POLAR_EXPRESS},
+    "Polar Express, Gram": {"coefficients": POLAR_EXPRESS, "gram": True},
+    "You": {"coefficients": YOU},
+    "convergent": {"coefficients": CONVERGENT},
+}
+
+
+@CONDITIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_error_of_other_tables_and_of_the_gram_form(form, dtype, condition):
+    """The Gram form has the plain one's truth, and a bound of its own from the arrays that it stores."""
+    x, options = matrix((64, 256), condition=condition), FORMS[form]
+    truth = newton_schulz(x, options.get("coefficients", KELLER_JORDAN))
+    limit = allowance(x, dtype, **options)
+    errors = {side: check(f"{side} {form}", run(x, dtype, **options), truth, limit) for side, run in SIDES.items()}
+    if dtype != "float64":
+        assert errors["jax"] <= SAFETY * errors["torch"], "no worse than the reference's own error"
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_two_restarts_make_the_gram_form_sound_in_bfloat16(side, monkeypatch):
+    """At condition 1e4 its error is the plain form's; with one restart it is twice that, with none it diverges."""
+    x = matrix((96, 384), condition=1e4)
+    truth = newton_schulz(x)
+    module = {"jax": jax_impl.muon.newton_schulz, "torch": torch_ref.muon.newton_schulz}[side]
+    plain, errors = relative_error(SIDES[side](x, "bfloat16"), truth), []
+    for restarts in ((2, 3), (2,), ()):
+        monkeypatch.setattr(module, "GRAM_RESTARTS", restarts)
+        jax.clear_caches()  # the constant is no argument of the compiled function
+        errors.append(relative_error(SIDES[side](x, "bfloat16", gram=True), truth))
+    print(f"{side}: plain {plain:.3g}, Gram with restarts after 2 and 3, after 2, none: {errors}")
+    jax.clear_caches()
+    assert errors[0] <= plain * SAFETY**0.5 and errors[0] * SAFETY**0.5 < errors[1] and errors[1] * SAFETY < errors[2]
 
 
 @pytest.mark.parametrize("side", SIDES)
