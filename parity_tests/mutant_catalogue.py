@@ -2,7 +2,9 @@
 
 from parity_tests.mutant import Equivalent, Mutant
 
-MODEL, NS, MUON, TRAIN = "jax_impl.model", "jax_impl.newton_schulz", "jax_impl.muon", "jax_impl.train"
+MODEL, NS, TRAIN = "jax_impl.model", "jax_impl.muon.newton_schulz", "jax_impl.train"
+MUON, BATCHES, HYBRID_ROOM = "jax_impl.muon.transforms", "jax_impl.muon.batches", "jax_impl.hybrid"
+MATRICES, ALIAS = "jax_impl.muon.matrices", "jax_impl.muon.alias"
 PRODUCTS, ATTENTION, CACHE, JAX_LOSS = "jax_impl.products", "jax_impl.attention", "jax_impl.cache", "jax_impl.loss"
 JAX_RANDOM = "jax_impl.random"
 LOGITS = "parity_tests/test_model.py::test_logits[plain-float64]"
@@ -22,6 +24,7 @@ DRIFT = "parity_tests/test_training.py::test_low_precision_drifts_as_rounding_mu
 SKIPPING = "parity_tests/test_training.py::test_a_gradient_that_is_not_finite_changes_nothing_but_the_count[jax]"
 ORTHO = "parity_tests/test_newton_schulz.py"
 MUON_TESTS = "parity_tests/test_muon.py"
+PARTS = "parity_tests/test_muon_parts.py"
 HYBRID = "parity_tests/test_hybrid.py"
 STATE = "parity_tests/test_state.py::test_a_run_goes_on_in_the"
 SAME_JAX = STATE + "_same_framework_bit_for_bit[jax-float64-6]"
@@ -269,13 +272,27 @@ MUTANTS = (
         UPDATES,
     ),
     # Newton-Schulz.
-    Mutant("coefficient 3.4455", NS, "(3.4445,", "(3.4455,", ORTHO),
-    Mutant("coefficient 2.0351", NS, "2.0315)", "2.0351)", ORTHO),
+    Mutant("coefficient 3.4455", NS, "((3.4445,", "((3.4455,", ORTHO),
+    Mutant("coefficient 2.0351", NS, "2.0315),)", "2.0351),)", ORTHO),
     Mutant("coefficient -4.7550", NS, "-4.7750", "-4.7550", ORTHO),
-    Mutant("eps as a clamp", NS, "(x / (norm + eps))", "(x / jnp.maximum(norm, eps))", ORTHO),
-    Mutant("eps under the root", NS, "keepdims=True))", "keepdims=True) + eps**2)", ORTHO),
-    Mutant("eps 1e-8", NS, "eps: float = 1e-7", "eps: float = 1e-8", ORTHO),
-    Mutant("one iteration too many", NS, "fori_loop(0, steps,", "fori_loop(0, steps + 1,", ORTHO),
+    Mutant(
+        "eps as a clamp",
+        NS,
+        "(jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + eps / scale)",
+        "jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)), eps / scale)",
+        ORTHO,
+    ),
+    Mutant(
+        "eps under the root",
+        NS,
+        "keepdims=True)) + eps / scale",
+        "keepdims=True) + (eps / scale) ** 2)",
+        ORTHO,
+    ),
+    Mutant("eps 1e-8", NS, "eps: float | jax.Array = 1e-7", "eps: float | jax.Array = 1e-8", ORTHO),
+    Mutant(
+        "one iteration too many", NS, "fori_loop(0, len(coefficients),", "fori_loop(0, len(coefficients) + 1,", ORTHO
+    ),
     Mutant(
         "norm of the whole stack",
         NS,
@@ -286,8 +303,8 @@ MUTANTS = (
     Mutant(
         "polynomial summed in bfloat16 with rounded coefficients",
         NS,
-        '(b * gram.astype(wide) + c * summand("...ij,...jk->...ik", gram, gram)).astype(dtype)',
-        'b * gram + c * summand("...ij,...jk->...ik", gram, gram).astype(dtype)',
+        "return (a * x.astype(wide) + product).astype(dtype)",
+        "return a * x + product.astype(dtype)",
         ORTHO,
     ),
     Mutant("no transpose of tall matrices", NS, "tall = x_OI.shape[-2] > x_OI.shape[-1]", "tall = False", ORTHO),
@@ -295,44 +312,54 @@ MUTANTS = (
     Mutant(
         "fan ratio upside down",
         MUON,
-        "max(1.0, update_IO.shape[-1] / update_IO.shape[-2])",
-        "max(1.0, update_IO.shape[-2] / update_IO.shape[-1])",
+        "ratio = fan_out / max(fan_in, 1)",
+        "ratio = fan_in / max(fan_out, 1)",
         MUON_TESTS,
     ),
-    Mutant("fan ratio without its root", MUON, "update_IO.shape[-2]) ** 0.5", "update_IO.shape[-2])", MUON_TESTS),
+    Mutant("fan ratio without its root", MUON, "max(1.0, ratio) ** 0.5", "max(1.0, ratio)", MUON_TESTS),
     Mutant(
         "Nesterov with the old momentum",
         MUON,
-        "optax.tree.update_moment(updates, mu, beta, order=1) if nesterov",
-        "optax.tree.update_moment(updates, state.mu, beta, order=1) if nesterov",
+        "jax.tree.map(mix, updates, mu) if nesterov",
+        "jax.tree.map(mix, updates, state.mu) if nesterov",
         MUON_TESTS,
     ),
     Mutant("no Nesterov", MUON, "if nesterov else mu", "if not nesterov else mu", MUON_TESTS),
     Mutant(
         "momentum as a sum (same direction, other state)",
         MUON,
-        "        mu = optax.tree.update_moment(updates, state.mu, beta, order=1)",
-        "        mu = jax.tree.map(lambda g, m: g + beta * m, updates, state.mu)",
+        'weight = 1 - beta if momentum == "average" else 1.0',
+        "weight = 1.0",
         MUON_TESTS,
     ),
     Mutant(
-        "beta 0.949", MUON, "                muon_config.beta,", "                muon_config.beta - 0.001,", UPDATES
+        "beta 0.949",
+        HYBRID_ROOM,
+        "                muon_config.beta,",
+        "                muon_config.beta - 0.001,",
+        UPDATES,
     ),
     Mutant(
         "square kernels iterated on the wrong side",
-        MUON,
-        "are_wide = [leaves[i].shape[-1] > leaves[i].shape[-2] for i in indices]",
-        "are_wide = [leaves[i].shape[-1] >= leaves[i].shape[-2] for i in indices]",
+        MATRICES,
+        "return (*counting, *matrix.fan_out, *matrix.fan_in)",
+        "return (*counting, *matrix.fan_in, *matrix.fan_out)",
         MUON_TESTS,
     ),
     Mutant(
         "clip without torch's 1e-6",
-        MUON,
+        HYBRID_ROOM,
         "jnp.minimum(1.0, max_norm / (norm + 1e-6))",
         "jnp.minimum(1.0, max_norm / norm)",
         UPDATES,
     ),
-    Mutant("embedding under Muon", MUON, '.role == "matrix" else', '.role in ("matrix", "embedding") else', HYBRID),
+    Mutant(
+        "embedding under Muon",
+        HYBRID_ROOM,
+        '.role == "matrix" else',
+        '.role in ("matrix", "embedding") else',
+        HYBRID,
+    ),
     Mutant(
         "decay on norm scales",
         "recipe.params",
@@ -342,26 +369,90 @@ MUTANTS = (
     ),
     Mutant(
         "AdamW's beta2 0.99",
-        MUON,
+        HYBRID_ROOM,
         "adamw_config.beta2, adamw_config.eps)",
         "adamw_config.beta2 - 0.009, adamw_config.eps)",
         HYBRID,
     ),
     Mutant(
         "AdamW's bias correction by subtraction in float32",
-        MUON,
+        HYBRID_ROOM,
         "(-jnp.expm1(count.astype(v.dtype) * log) for log in logs)",
         "(1.0 - jnp.exp(count.astype(v.dtype) * log) for log in logs)",
         DRIFT,
     ),
     Mutant(
         "learning rate 0.1 % too high",
-        MUON,
+        HYBRID_ROOM,
         "muon_config.learning_rate *",
         "1.001 * muon_config.learning_rate *",
         UPDATES,
     ),
-    Mutant("torch momentum by lerp with beta", "torch_ref.muon", '1.0 - group["beta"])', 'group["beta"])', MUON_TESTS),
+    Mutant(
+        "torch momentum by lerp with beta",
+        "torch_ref.muon.transforms",
+        "held.lerp_(grad, 1.0 - beta)",
+        "held.lerp_(grad, beta)",
+        MUON_TESTS,
+    ),
+    # Muon's other parts.
+    Mutant(
+        "Gram: a row taken twice after a restart",
+        NS,
+        "            a, b, c = next(rows)\n",
+        "            a, b, c = next(rows) if done or length == 1 else coefficients[0]\n",
+        PARTS,
+    ),
+    Mutant(
+        "Gram: one factor for both sides", NS, "gram = add(a, half, multiply(half, polynomial))", "gram = half", PARTS
+    ),
+    Mutant("Gram: no restarts", NS, "GRAM_RESTARTS = (2, 3)", "GRAM_RESTARTS: tuple = ()", PARTS),
+    Mutant("a table read in one row", NS, "if len(set(coefficients)) == 1:", "if len(coefficients) == 5:", PARTS),
+    Mutant("a mistyped row of Polar Express", NS, "3.3184196573706015", "3.3148196573706015", PARTS),
+    Mutant("Polar Express without its margin", NS, "(a / 1.01, b / 1.01**3, c / 1.01**5)", "(a, b, c)", PARTS),
+    Mutant(
+        "the norm of squares that overflow", NS, "    x = x / scale\n    return", "    scale = 1.0\n    return", PARTS
+    ),
+    Mutant(
+        "RMS by the shorter side", MUON, "rms * max(fan_in, fan_out) ** 0.5", "rms * min(fan_in, fan_out) ** 0.5", PARTS
+    ),
+    Mutant(
+        "no maximum in either fan ratio", MUON, "if clamped else ratio**0.5", "if not clamped else ratio**0.5", PARTS
+    ),
+    Mutant(
+        "NorMuon's neurons are inputs",
+        MUON,
+        "axis=matrix.fan_in, keepdims=True)\n            return (beta",
+        "axis=matrix.fan_out, keepdims=True)\n            return (beta",
+        PARTS,
+    ),
+    Mutant(
+        "NorMuon with the old average",
+        MUON,
+        "map_matrices(scale, matrices, updates, nu)",
+        "map_matrices(scale, matrices, updates, state.nu)",
+        PARTS,
+    ),
+    Mutant("NorMuon forgets the norm", MUON, "even * (norm(wide) / (norm(even) + eps))", "even", PARTS),
+    Mutant(
+        "cautious decay where it works against", MUON, ".astype(update.dtype) >= 0", ".astype(update.dtype) <= 0", PARTS
+    ),
+    Mutant("QK-clip raises small logits too", MUON, "jnp.where(factor < 1, clipped, update)", "clipped * 1.01", PARTS),
+    Mutant(
+        "QK-clip of the weights before the update",
+        MUON,
+        "(weight + update) * factor - weight",
+        "weight * factor - weight + update",
+        PARTS,
+    ),
+    Mutant("batches cut at the wrong place", BATCHES, "batch[taken : taken + count]", "batch[:count]", PARTS),
+    Mutant(
+        "the decay is never cautious",
+        ALIAS,
+        "if cautious else optax.add_decayed_weights",
+        "if False else optax.add_decayed_weights",
+        PARTS,
+    ),
     # The train step.
     Mutant("gradients summed instead of averaged", TRAIN, "lambda x: x / A, total", "lambda x: x, total", UPDATES),
     Mutant(
@@ -375,7 +466,7 @@ MUTANTS = (
     Mutant("first micro-batch alone", TRAIN, "        if A == 1:\n", "        if A >= 1:\n", UPDATES),
     Mutant(
         "norm of the rows' norms added up",
-        "torch_ref.muon",
+        "torch_ref.hybrid",
         "torch.linalg.vector_norm(row, dtype=torch.float64) for row",
         "torch.linalg.vector_norm(row, 1, dtype=torch.float64) for row",
         UPDATES,
