@@ -250,14 +250,14 @@ def test_a_text_without_an_entry_is_refused():
 @pytest.mark.parametrize(
     ("frames", "expected"),
     [
-        (["newton_schulz.orthogonalize_via_newton_schulz", "muon.orthogonalize_all"], parts.NEWTON_SCHULZ),
-        (["muon.orthogonalize_all", "muon.scale_by_muon.<locals>.update_fn"], parts.NEWTON_SCHULZ),
+        (["newton_schulz.orthogonalize_via_newton_schulz", "batches.orthogonalize"], parts.NEWTON_SCHULZ),
+        (["batches._in_batches", "transforms.scale_by_muon.<locals>.update_fn"], parts.NEWTON_SCHULZ),
         (["products.product", "model.Linear.multiply", "model.Qwen3MLP.__call__"], parts.LINEAR),
         (["products.product", "attention.attend_block"], parts.ATTENTION),
         (["random.drop", "random.dropout", "model.Qwen3MLP.__call__"], "SwiGLU"),
         (["random.drop", "train.make_train_step.<locals>.train_step"], "dropout"),
         (["flash.forward", "model.Qwen3Attention.__call__"], parts.ATTENTION),
-        (["_tree_math.tree_sum", "muon.clip_by_global_norm"], parts.OPTIMIZER),
+        (["_tree_math.tree_sum", "hybrid.clip_by_global_norm"], parts.OPTIMIZER),
         (["train.make_train_step.<locals>.train_step.<locals>.add_gradient"], parts.SUMS),
         ([], parts.OPTIMIZER),
     ],

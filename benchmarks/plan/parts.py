@@ -21,7 +21,7 @@ MASKS, WEIGHTS, COLLECTIVES = "dropout", "weights to 16 bits", "collectives"
 SUMS, OPTIMIZER = "gradient sums and small", "clip, AdamW, momentum"
 
 RULES = {
-    NEWTON_SCHULZ: r"newton_schulz\.|\w+\.orthogonalize",
+    NEWTON_SCHULZ: r"newton_schulz\.|batches\.",
     HEAD: r"\w*loss\w*\.",
     ATTENTION: r"\w*(attention|flash)\w*\.",
     MASKS: r"random\.(decisions|keep_mask|bits|fold_in|key)",
@@ -30,7 +30,7 @@ RULES = {
     "norms, RoPE, residuals": r"model\.(rms_norm|RMSNorm|apply_rope|Qwen3Attention|Qwen3DecoderLayer|Qwen3Model)",
     "embedding": r"model\.Embedding",
     SUMS: r"train\..*(add_gradient|gradient)$",
-    OPTIMIZER: r"(muon|hybrid|transform|_tree_math)\.",
+    OPTIMIZER: r"(hybrid|transforms?|_tree_math)\.",
 }
 """Part -> what `file.function` of a frame begins with. Frames are asked from the innermost outwards, rules in order."""
 
