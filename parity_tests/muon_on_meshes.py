@@ -32,7 +32,7 @@ BLOCK = {
     "up": ((16, 40), FULLY_CONNECTED, P("fsdp", "tensor")),
     "down": ((40, 16), FULLY_CONNECTED, P("tensor", "fsdp")),
 }
-MODEL = {f"{layer}/{name}": leaf for layer in range(3) for name, leaf in BLOCK.items()}
+MODEL = {f"{layer}/{name}": leaf for layer in range(2) for name, leaf in BLOCK.items()}
 MIXED = {
     "attention/query": BLOCK["query"],
     "scanned by layers": ((8, 6, 10), FULLY_CONNECTED, P("fsdp", None, "tensor")),
@@ -62,14 +62,17 @@ def in_dtype(dtype: str):
     return lambda stacks: [orthogonalize_via_newton_schulz(stack, dtype=dtype) for stack in stacks]
 
 
-def unsharded(leaves: dict, arrays: list, dtype: str = "float64") -> list:
-    """The same update where nothing is said of a mesh."""
-    stacks = [as_stack(x, matrix) for x, (_, matrix, _) in zip(arrays, leaves.values(), strict=True)]
-    done = [orthogonalize_via_newton_schulz(stack, dtype=dtype) for stack in stacks]
-    return [
-        from_stack(x, matrix, shape).astype(array.dtype)
-        for x, array, (shape, matrix, _) in zip(done, arrays, leaves.values(), strict=True)
-    ]
+def labelled(stacks: list) -> list:
+    """Each entry times its place in its matrix, which no two share: exact, and what is in the wrong place shows."""
+    return [stack * (1 + np.arange(math.prod(stack.shape[1:])).reshape(stack.shape[1:])) for stack in stacks]
+
+
+def unsharded(leaves: dict, arrays: list) -> list:
+    """The same update in float64 where nothing is said of a mesh."""
+    done = []
+    for x, (shape, matrix, _) in zip(arrays, leaves.values(), strict=True):
+        done.append(from_stack(orthogonalize_via_newton_schulz(as_stack(x, matrix), dtype="float64"), matrix, shape))
+    return done
 
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-[\w-]+?|ragged-all-to-all|reduce-scatter|collective-[\w-]+?)(?:-start)?\(")
@@ -126,8 +129,10 @@ def compiled(name: str, function, argument):
 def placed(leaves: dict, mesh, dtype: str = "float64") -> tuple[list, list]:
     """Arrays on a mesh, and their shardings."""
     shardings = [None if spec is None else NamedSharding(mesh, spec) for _, _, spec in leaves.values()]
-    arrays = [jnp.asarray(x, dtype) for x in values(leaves).values()]
-    return [x if s is None else jax.device_put(x, s) for x, s in zip(arrays, shardings, strict=True)], shardings
+    arrays = [x.astype(dtype) for x in values(leaves).values()]
+    return [
+        jnp.asarray(x) if s is None else jax.device_put(x, s) for x, s in zip(arrays, shardings, strict=True)
+    ], shardings
 
 
 def mesh_of(shape: tuple[int, ...], kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
@@ -135,7 +140,7 @@ def mesh_of(shape: tuple[int, ...], kind: AxisType = AxisType.Auto) -> jax.shard
 
 
 def sharded(
-    name: str, folder: Path, leaves: dict, mesh, *, dtypes=("float64", "float64"), told_by="the caller"
+    name: str, folder: Path, leaves: dict, mesh, *, dtypes=("float64", "float64"), told_by="the caller", function=None
 ) -> dict:
     """Facts of one program of orthogonalize_sharded, whose results go to a file of the case's name."""
     matrices = [matrix for _, matrix, _ in leaves.values()]
@@ -144,7 +149,7 @@ def sharded(
 
     def orthogonalize(stacks: list) -> list:
         owned.extend(stack.shape for stack in stacks)
-        return in_dtype(dtypes[1])(stacks)
+        return (function or in_dtype(dtypes[1]))(stacks)
 
     def update(arrays: list) -> list:
         told = {
@@ -182,17 +187,20 @@ def plain(name: str, function, arguments: list) -> dict:
 
 def main(folder: Path) -> None:
     cases = {f"model {shape}": sharded(f"model {shape}", folder, MODEL, mesh_of(shape)) for shape in MESHES}
+    explicit = mesh_of((1, 4, 2), AxisType.Explicit)
     for name, leaves, mesh, options in [
-        ("told by arrays", MIXED, mesh_of((2, 2, 2)), {"told_by": "the arrays"}),
-        ("told by types", MIXED, mesh_of((1, 4, 2), AxisType.Explicit), {"told_by": "the types"}),
+        ("mixed", MIXED, mesh_of((1, 4, 2)), {"told_by": "the arrays"}),
         ("half", MODEL, mesh_of((2, 4, 1)), {"dtypes": ("float32", "bfloat16")}),
         ("layers", LAYERS, mesh_of((1, 4, 2)), {}),
         ("layers and replicas", LAYERS, mesh_of((2, 2, 2)), {}),
+        ("labelled", MIXED, mesh_of((2, 2, 2)), {"function": labelled}),
+        ("labelled, explicit", MIXED, explicit, {"function": labelled, "told_by": "the types"}),
     ]:
         cases[name] = sharded(name, folder, leaves, mesh, **options)
-    mesh = mesh_of((2, 2, 2), AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        cases["in a context"] = sharded("in a context", folder, BLOCK, mesh, told_by="the types")
+    with jax.set_mesh(explicit):
+        cases["explicit, in a context"] = sharded(
+            "explicit, in a context", folder, BLOCK, explicit, told_by="the types"
+        )
     cases["naive"] = plain("naive", lambda arrays: unsharded(BLOCK, arrays), placed(BLOCK, mesh_of((1, 8, 1)))[0])
     mesh = mesh_of((1, 4, 2))
     stack = jax.device_put(jnp.zeros((8, 16, 40)), NamedSharding(mesh, P(None, "fsdp", "tensor")))

@@ -1,7 +1,7 @@
 """Muon on a mesh: every matrix whole on one owner, and what is sent is what the formula says, read from the HLO."""
 
+import functools
 import json
-import math
 import os
 import re
 import subprocess
@@ -15,17 +15,29 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_impl.muon.matrices import FULLY_CONNECTED, as_stack
+from jax_impl.muon.matrices import FULLY_CONNECTED, as_stack, fans
 from jax_impl.muon.sharded import collective_bytes, orthogonalize_sharded, sharding_of, shardings_of
 from parity_tests.compare.tolerance import check
-from parity_tests.muon_on_meshes import AXES, BLOCK, LAYERS, MESHES, MIXED, MODEL, SETS, in_dtype, unsharded, values
-from parity_tests.newton_schulz_error import allowance
+from parity_tests.muon_on_meshes import (
+    AXES,
+    BLOCK,
+    MESHES,
+    MIXED,
+    SETS,
+    in_dtype,
+    labelled,
+    unsharded,
+    values,
+)
+from parity_tests.newton_schulz_error import allowance, newton_schulz
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {f"model {mesh}": MODEL for mesh in MESHES} | {
-    **{"told by arrays": MIXED, "told by types": MIXED, "in a context": BLOCK},
-    **{"half": MODEL, "layers": LAYERS, "layers and replicas": LAYERS},
+# Of each program of Newton-Schulz, which set of leaves it is given.
+LEAVES = {f"model {mesh}": "model" for mesh in MESHES} | {
+    **{"mixed": "mixed", "explicit, in a context": "block"},
+    **{"half": "model", "layers": "layers", "layers and replicas": "layers"},
 }
+LABELLED = ["labelled", "labelled, explicit"]
 IN_FLOAT64 = [name for name in LEAVES if name != "half"]
 
 
@@ -43,35 +55,24 @@ def runs(tmp_path_factory) -> dict:
     return {"facts": json.loads((folder / "cases.json").read_text()), "folder": folder, "said": said}
 
 
-@pytest.fixture(scope="module")
-def on_one_device() -> dict[str, dict]:
-    """By set of leaves: the matrices of each, (n, fan_out, fan_in), what the unsharded update makes, and its limit."""
-    found = {}
-    for key, leaves in SETS.items():
-        with jax.enable_x64(True):
-            arrays = [jnp.asarray(x) for x in values(leaves).values()]
-            done = unsharded(leaves, arrays)
-        found[key] = {}
-        for (name, leaf), x, y in zip(leaves.items(), arrays, done, strict=True):
-            x, y = stack_of(x, leaf), stack_of(y, leaf)
-            # Both updates err, each by no more than its allowance.
-            found[key][name] = x, y, [2 * allowance(one, "float64") for one in x]
-    return found
+@functools.cache
+def truths_of(key: str) -> dict[str, list]:
+    """Of each leaf of a set its matrices, each with what a NumPy iteration makes of it and the float64 allowance."""
+    stacks = {name: stack_of(x, SETS[key][name]) for name, x in values(SETS[key]).items()}
+    return {name: [(x, newton_schulz(x), allowance(x, "float64")) for x in stack] for name, stack in stacks.items()}
 
 
-def stack_of(leaf, description: tuple) -> np.ndarray:
+def stack_of(leaf: np.ndarray, description: tuple) -> np.ndarray:
     """(n, fan_out, fan_in) of a leaf."""
-    shape, matrix, _ = description
-    fan_out, fan_in = (math.prod(shape[axis] for axis in side) for side in (matrix.fan_out, matrix.fan_in))
-    with jax.enable_x64(True):
-        return np.asarray(as_stack(jnp.asarray(leaf), matrix)).reshape(-1, fan_out, fan_in)
+    matrix = description[1]
+    return as_stack(leaf, matrix).reshape(-1, *fans(leaf.shape, matrix)[::-1])
 
 
 def sent(facts: dict) -> list:
     return sorted([one["kind"], one["width"], one["sent"]] for one in facts["collectives"])
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, *LABELLED])
 def test_what_is_sent_is_what_the_formula_says(runs, name):
     facts = runs["facts"][name]
     assert sent(facts) == sorted(facts["paper"])
@@ -81,7 +82,7 @@ def test_what_is_sent_is_what_the_formula_says(runs, name):
 def test_the_formula_by_hand(runs, mesh):
     """Two all-to-alls for all leaves whatever axes shard them, and one all-gather if there are replicas."""
     replicas, owners = mesh[0], mesh[1] * mesh[2]
-    # By shape and division: query and value, out, gate and up, down; three layers of each, padded to eight.
+    # By shape and division: query and value, out, gate and up, down; two layers of each, padded to eight.
     padded = 8 * (16 * 24 + 24 * 16 + 16 * 40 + 40 * 16) * 8
     each_way = padded // (owners * replicas) * (owners - 1) // owners
     back = padded // owners * (replicas - 1) // replicas
@@ -91,7 +92,7 @@ def test_the_formula_by_hand(runs, mesh):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_the_work_is_divided_by_all_devices(runs, mesh):
-    """Of six, three, six and three matrices each of eight devices iterates one: replicas do not repeat each other."""
+    """Of four, two, four and two matrices each of eight devices iterates one: replicas do not repeat each other."""
     owned = runs["facts"][f"model {mesh}"]["owned"]
     assert sorted(owned) == sorted([[1, 24, 16], [1, 16, 24], [1, 40, 16], [1, 16, 40]])
 
@@ -126,46 +127,64 @@ def test_nothing_is_replicated_for_want_of_a_way(runs):
     assert set(LEAVES) < set(runs["said"])
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, *LABELLED])
 def test_results_lie_as_the_leaves(runs, name):
     assert runs["facts"][name]["moved"] == []
 
 
+def check_leaves(name: str, key: str, results: dict, allow) -> None:
+    """Every matrix of the results against its truth; `allow(matrix, its float64 allowance)` bounds the error."""
+    assert set(results) == set(SETS[key])
+    for leaf, truths in truths_of(key).items():
+        assert results[leaf].shape == SETS[key][leaf][0]
+        for index, (one, (x, truth, limit)) in enumerate(
+            zip(stack_of(results[leaf], SETS[key][leaf]), truths, strict=True)
+        ):
+            check(f"{name} {leaf} {index}", one, truth, allow(x, limit))
+
+
 @pytest.mark.parametrize("name", IN_FLOAT64)
-def test_equal_to_the_unsharded_update(runs, on_one_device, name):
-    leaves = LEAVES[name]
-    results = np.load(runs["folder"] / f"{name}.npz")
-    truths = on_one_device[next(key for key, of_key in SETS.items() if of_key is leaves)]
-    assert set(results.files) == set(leaves)
-    for leaf, (_, truth, limits) in truths.items():
-        assert results[leaf].shape == leaves[leaf][0] and results[leaf].dtype == np.float64
-        for index, one in enumerate(stack_of(results[leaf], leaves[leaf])):
-            check(f"{name} {leaf} {index}", one, truth[index], limits[index])
+def test_values_are_those_of_whole_matrices(runs, name):
+    results = dict(np.load(runs["folder"] / f"{name}.npz"))
+    assert {x.dtype for x in results.values()} == {np.dtype("float64")}
+    check_leaves(name, LEAVES[name], results, lambda _, limit: limit)
 
 
-def test_equal_in_bfloat16(runs, on_one_device):
+def test_so_are_those_of_the_unsharded_update_and_without_a_mesh():
+    """So sharded and unsharded differ by two allowances at most."""
+    matrices = [matrix for _, matrix, _ in MIXED.values()]
+
+    def update(arrays: list) -> tuple[list, list]:
+        assert [sharding_of(x) for x in arrays] == nowhere
+        return unsharded(MIXED, arrays), orthogonalize_sharded(arrays, matrices, nowhere, in_dtype("float64"))
+
+    nowhere = [None] * len(MIXED)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in values(MIXED).values()]
+        assert [sharding_of(x) for x in arrays] == nowhere
+        for name, done in zip(["unsharded", "no mesh"], jax.jit(update)(arrays), strict=True):
+            check_leaves(name, "mixed", dict(zip(MIXED, map(np.asarray, done), strict=True)), lambda _, limit: limit)
+    assert collective_bytes(arrays, matrices, nowhere, "float64") == []
+
+
+def test_values_in_bfloat16(runs):
     """To the error that rounding to bfloat16 makes, with the leaf's dtype given back."""
-    results = np.load(runs["folder"] / "half.npz")
-    for leaf, (stack, truth, _) in on_one_device["model"].items():
-        assert results[leaf].dtype == np.float32
-        for index, one in enumerate(stack_of(results[leaf], MODEL[leaf])):
-            check(f"{leaf} {index}", one, truth[index], allowance(stack[index], "bfloat16"))
+    results = dict(np.load(runs["folder"] / "half.npz"))
+    assert {x.dtype for x in results.values()} == {np.dtype("float32")}
+    check_leaves("half", "model", results, lambda x, _: allowance(x, "bfloat16"))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_every_entry_is_in_its_place(runs, name):
+    """Orthogonalisation commutes with a permutation of rows or columns, so the test above is blind to one."""
+    results = np.load(runs["folder"] / f"{name}.npz")
+    for leaf, x in values(MIXED).items():
+        [expected] = labelled([stack_of(x, MIXED[leaf])])
+        assert np.array_equal(stack_of(results[leaf], MIXED[leaf]), expected), leaf
 
 
 def test_a_type_tells_in_explicit_mode_only(runs):
     assert runs["facts"]["Auto mode"] == {"of a type": "None", "of its array": str(P(None, "fsdp", "tensor"))}
-
-
-def test_without_a_mesh_it_is_the_unsharded_update(on_one_device):
-    with jax.enable_x64(True):
-        arrays = [jnp.asarray(x) for x in values(MIXED).values()]
-        matrices = [matrix for _, matrix, _ in MIXED.values()]
-        nowhere = [sharding_of(x) for x in arrays]
-        done = orthogonalize_sharded(arrays, matrices, nowhere, in_dtype("float64"))
-    assert nowhere == [None] * len(arrays) and collective_bytes(arrays, matrices, nowhere, "float64") == []
-    for (leaf, (_, truth, limits)), x in zip(on_one_device["mixed"].items(), done, strict=True):
-        for index, one in enumerate(stack_of(x, MIXED[leaf])):
-            check(f"{leaf} {index}", one, truth[index], limits[index])
 
 
 MESH = AbstractMesh((2, 4, 1), AXES)
