@@ -38,6 +38,7 @@ MIXED = {
     "scanned by layers": ((8, 6, 10), FULLY_CONNECTED, P("fsdp", None, "tensor")),
     "scanned by layers alone": ((24, 5, 7), FULLY_CONNECTED, P(("tensor", "fsdp"))),
     "scanned by inputs": ((3, 16, 56), FULLY_CONNECTED, P(None, "fsdp", "tensor")),
+    "one of the same": ((16, 56), FULLY_CONNECTED, P("fsdp", "tensor")),
     "torch's": ((48, 7), OUT_IN, P(("tensor", "fsdp"))),
     "square": ((24, 24), FULLY_CONNECTED, P("fsdp", "tensor")),
     "square the other way": ((24, 24), FULLY_CONNECTED, P("tensor", "fsdp")),
