@@ -116,6 +116,9 @@ def _sent(kind: str, result: int, line: str) -> int:
         devices = int(match[1])
     elif match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         devices = len(match[1].split(","))
+    elif match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # as jax 0.12 prints them
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        devices = math.prod(int(sizes[name]) for name in re.findall(r"\w+", match[2]))
     else:  # collective-permute has pairs
         return result
     return result * (devices - 1) // devices * (2 if kind == "all-reduce" else 1)
@@ -207,6 +210,10 @@ def main(folder: Path) -> None:
     stack = jax.device_put(jnp.zeros((8, 16, 40)), NamedSharding(mesh, P(None, "fsdp", "tensor")))
     whole = NamedSharding(mesh, P(("fsdp", "tensor")))
     cases["jump"] = plain("jump", lambda x: jax.lax.with_sharding_constraint(x, whole) * 2, stack)
+    arrays, shardings = placed(BLOCK, mesh_of((2, 2, 2)))
+    results = orthogonalize_sharded(arrays, [matrix for _, matrix, _ in BLOCK.values()], shardings, labelled)
+    cases["outside jit"] = {"moved": [x.sharding != s for x, s in zip(results, shardings, strict=True)]}
+    np.savez(folder / "outside jit.npz", **{leaf: np.asarray(x) for leaf, x in zip(BLOCK, results, strict=True)})
     of_a_type: list = []
     jax.jit(lambda x: of_a_type.append(sharding_of(x)) or x)(stack)
     cases["Auto mode"] = {"of a type": str(of_a_type[0]), "of its array": str(sharding_of(stack).spec)}

@@ -174,13 +174,17 @@ def test_values_in_bfloat16(runs):
     check_leaves("half", "model", results, lambda x, _: allowance(x, "bfloat16"))
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", [*LABELLED, "outside jit"])
 def test_every_entry_is_in_its_place(runs, name):
     """Orthogonalisation commutes with a permutation of rows or columns, so the test above is blind to one."""
-    results = np.load(runs["folder"] / f"{name}.npz")
-    for leaf, x in values(MIXED).items():
-        [expected] = labelled([stack_of(x, MIXED[leaf])])
-        assert np.array_equal(stack_of(results[leaf], MIXED[leaf]), expected), leaf
+    results, leaves = np.load(runs["folder"] / f"{name}.npz"), BLOCK if name == "outside jit" else MIXED
+    for leaf, x in values(leaves).items():
+        [expected] = labelled([stack_of(x, leaves[leaf])])
+        assert np.array_equal(stack_of(results[leaf], leaves[leaf]), expected), leaf
+
+
+def test_results_lie_as_the_leaves_outside_jit_too(runs):
+    assert not any(runs["facts"]["outside jit"]["moved"])
 
 
 def test_a_type_tells_in_explicit_mode_only(runs):

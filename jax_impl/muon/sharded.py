@@ -65,27 +65,29 @@ def orthogonalize_sharded(
     """
     mesh, stacks = _plan(leaves, matrices, shardings)
     senders, replicas = [stack.senders for stack in stacks], [stack.replicas for stack in stacks]
+    members = [place for places in stacks.values() for place in places]
 
-    def on_a_device(*here: jax.Array) -> list[jax.Array]:
+    def on_a_device(*given: jax.Array) -> list[jax.Array]:
+        here = dict(zip(members, given, strict=True))
         parts = [[as_stack(here[place], matrices[place]) for place in places] for places in stacks.values()]
         received = _fused(_all_to_all, senders, [stack.take(leaf) for stack, leaf in zip(stacks, parts, strict=True)])
         whole = orthogonalize_stacks([stack.join(x) for stack, x in zip(stacks, received, strict=True)])
         returned = _fused(_all_to_all, senders, [stack.divide(x) for stack, x in zip(stacks, whole, strict=True)])
-        done = list(here)
-        for places, spread in zip(
-            stacks.values(), _fused(_all_gather, replicas, [x.reshape(1, -1) for x in returned]), strict=True
-        ):
+        spread = _fused(_all_gather, replicas, [x.reshape(1, -1) for x in returned])
+        for places, gathered in zip(stacks.values(), spread, strict=True):
             ends = itertools.accumulate(here[place].size for place in places)
-            for place, flat in zip(places, jnp.split(spread.reshape(-1), list(ends)), strict=False):
-                done[place] = from_stack(flat, matrices[place], here[place].shape).astype(here[place].dtype)
-        return done
+            for place, flat in zip(places, jnp.split(gathered.reshape(-1), list(ends)), strict=False):
+                here[place] = from_stack(flat, matrices[place], here[place].shape).astype(here[place].dtype)
+        return list(here.values())
 
-    if mesh is None:
-        return on_a_device(*leaves)
-    specs = [sharding.spec if sharding else PartitionSpec() for sharding in shardings]
-    # JAX's check of what is replicated does not know that an all-gather makes alike what differed.
-    run = jax.shard_map(on_a_device, mesh=mesh, in_specs=tuple(specs), out_specs=specs, check_vma=False)
-    return jax.jit(run)(*leaves)
+    run = on_a_device
+    if mesh is not None:
+        specs = [sharding.spec if (sharding := shardings[place]) else PartitionSpec() for place in members]
+        # JAX's check of what is replicated does not know that an all-gather makes alike what differed.
+        run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=specs, check_vma=False))
+    done = dict(zip(members, run(*(leaves[place] for place in members)), strict=True))
+    # Empty leaves stay away: jaxlib 0.11.2 crashes while it compiles a shard_map of one.
+    return [done.get(place, leaf) for place, leaf in enumerate(leaves)]
 
 
 def collective_bytes(
@@ -158,7 +160,7 @@ class _Stack(NamedTuple):
 def _plan(
     leaves: Sequence[Any], matrices: Sequence[Matrix], shardings: Shardings
 ) -> tuple[Mesh | AbstractMesh | None, dict[_Stack, dict[int, int]]]:
-    """The mesh, or None, and for each stack its leaves: place in the list -> matrices on each device. Not the empty."""
+    """The mesh, or None; and the leaves of each stack, place in the list -> matrices on a device; not the empty."""
     meshes = [sharding.mesh for sharding in shardings if sharding]
     if len(shapes := {str(dict(mesh.shape)) for mesh in meshes}) > 1:
         raise ValueError(f"The leaves lie on unlike meshes, {' and '.join(sorted(shapes))}; place them all on one.")
