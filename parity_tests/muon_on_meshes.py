@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax_impl.muon.matrices import FROM_HEADS, FULLY_CONNECTED, OUT_IN, TO_HEADS, Matrix, as_stack, from_stack
 from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.muon.sharded import collective_bytes, orthogonalize_sharded, sharding_of, shardings_of
+from jax_impl.muon.transforms import scale_by_muon
 
 AXES = ("data", "fsdp", "tensor")
 MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
@@ -183,6 +184,32 @@ def sharded(
     }
 
 
+def as_optax(name: str, folder: Path, leaves: dict, mesh, batched: bool) -> dict:
+    """Facts of an update of `muon` in jit, told where the leaves lie by the caller in Auto mode and by types else."""
+    params = dict(zip(leaves, placed(leaves, mesh)[0], strict=True))
+    in_auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    transformation = scale_by_muon(
+        0.0,
+        matrices=lambda path, leaf: leaves[path][1],
+        nesterov=False,
+        ns_dtype="float64",
+        batched=batched,
+        shardings=shardings_of(params) if in_auto else None,
+    )
+    state = transformation.init(params)
+    update = jax.jit(transformation.update)
+    print(f"== {name}", file=sys.stderr, flush=True)
+    for _ in range(3):
+        results, state = update(params, state)
+    np.savez(folder / f"{name}.npz", **{leaf: np.asarray(x) for leaf, x in results.items()})
+    told = [(results, leaf) for leaf in leaves] + [(state.mu, leaf) for leaf in leaves]
+    return {
+        "collectives": collectives(update.lower(params, state).compile().as_text()),
+        "moved": [leaf for tree, leaf in told if not tree[leaf].sharding.is_equivalent_to(params[leaf].sharding, 3)],
+        "programs": update._cache_size(),
+    }
+
+
 def plain(name: str, function, arguments: list) -> dict:
     """Facts of a program that leaves the exchange to XLA."""
     hlo = compiled(name, function, arguments).as_text()
@@ -205,6 +232,12 @@ def main(folder: Path) -> None:
         cases["explicit, in a context"] = sharded(
             "explicit, in a context", folder, BLOCK, explicit, told_by="the types"
         )
+    for name, mesh, batched in [
+        ("optax", mesh_of((2, 4, 1)), True),
+        ("optax, one by one", mesh_of((1, 4, 2)), False),
+        ("optax, explicit", explicit, True),
+    ]:
+        cases[name] = as_optax(name, folder, BLOCK, mesh, batched)
     cases["naive"] = plain("naive", lambda arrays: unsharded(BLOCK, arrays), placed(BLOCK, mesh_of((1, 8, 1)))[0])
     mesh = mesh_of((1, 4, 2))
     stack = jax.device_put(jnp.zeros((8, 16, 40)), NamedSharding(mesh, P(None, "fsdp", "tensor")))

@@ -24,7 +24,7 @@ DRIFT = "parity_tests/test_training.py::test_low_precision_drifts_as_rounding_mu
 SKIPPING = "parity_tests/test_training.py::test_a_gradient_that_is_not_finite_changes_nothing_but_the_count[jax]"
 ORTHO = "parity_tests/test_newton_schulz.py"
 MUON_TESTS = "parity_tests/test_muon.py"
-PARTS = "parity_tests/test_muon_parts.py"
+PARTS, MESHES = "parity_tests/test_muon_parts.py", "parity_tests/test_muon_sharded.py"
 HYBRID = "parity_tests/test_hybrid.py"
 STATE = "parity_tests/test_state.py::test_a_run_goes_on_in_the"
 SAME_JAX = STATE + "_same_framework_bit_for_bit[jax-float64-6]"
@@ -444,6 +444,27 @@ MUTANTS = (
         "(weight + update) * factor - weight",
         "weight * factor - weight + update",
         PARTS,
+    ),
+    Mutant(
+        "replicas orthogonalise the same matrices",
+        "jax_impl.muon.sharded",
+        "share[jax.lax.axis_index(self.replicas) if self.replicas else 0]",
+        "share[0]",
+        MESHES,
+    ),
+    Mutant(
+        "parts put together in the wrong order",
+        "jax_impl.muon.sharded",
+        "[order.index(axis) for axis in range(len(order))]",
+        "order",
+        MESHES,
+    ),
+    Mutant(
+        "matrices on a mesh left to XLA",
+        BATCHES,
+        "if any(sharding is not None for sharding in lie):",
+        "if False:",
+        MESHES,
     ),
     Mutant("batches cut at the wrong place", BATCHES, "batch[taken : taken + count]", "batch[:count]", PARTS),
     Mutant(

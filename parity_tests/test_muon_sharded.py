@@ -30,6 +30,8 @@ from parity_tests.muon_on_meshes import (
     values,
 )
 from parity_tests.newton_schulz_error import allowance, newton_schulz
+from recipe.params import param_specs
+from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of each program of Newton-Schulz, which set of leaves it is given.
@@ -37,6 +39,9 @@ LEAVES = {f"model {mesh}": "model" for mesh in MESHES} | {
     **{"mixed": "mixed", "explicit, in a context": "block"},
     **{"half": "model", "layers": "layers", "layers and replicas": "layers"},
 }
+AS_OPTAX = {"optax": (3, 2), "optax, one by one": (2, 1), "optax, explicit": (2, 2)}
+"""Updates of `scale_by_muon` in jit, the first on data x fsdp: their collectives, and programs for three of them. Specs
+that name a mesh axis of size 1 or leave out trailing axes come back from jit in other words, for one more program."""
 LABELLED = ["labelled", "labelled, explicit"]
 IN_FLOAT64 = [name for name in LEAVES if name != "half"]
 
@@ -174,6 +179,15 @@ def test_values_in_bfloat16(runs):
     check_leaves("half", "model", results, lambda x, _: allowance(x, "bfloat16"))
 
 
+@pytest.mark.parametrize("name", AS_OPTAX)
+def test_the_transformation_takes_the_same_way(runs, name):
+    """And momentum and updates lie where the parameters do."""
+    facts = runs["facts"][name]
+    assert not [one for one in facts["collectives"] if one["in_loop"]] and facts["moved"] == []
+    assert (len(facts["collectives"]), facts["programs"]) == AS_OPTAX[name]
+    check_leaves(name, "block", dict(np.load(runs["folder"] / f"{name}.npz")), lambda _, limit: limit)
+
+
 @pytest.mark.parametrize("name", [*LABELLED, "outside jit"])
 def test_every_entry_is_in_its_place(runs, name):
     """Orthogonalisation commutes with a permutation of rows or columns, so the test above is blind to one."""
@@ -238,3 +252,34 @@ def test_the_leaves_are_awkward():
     """No two sizes of a leaf are equal but a square's, so no swapped axis survives."""
     for name, (shape, _, _) in {**MIXED, **BLOCK}.items():
         assert len(set(shape)) == len(shape) or "square" in name
+
+
+def guide_rows() -> list[str]:
+    """The table of docs/muon.md: Qwen3-0.6B's matrices, fsdp on the hidden axis and tensor on the other."""
+    specs = {
+        name: spec.shape for name, spec in param_specs(get_preset("qwen3-0.6b").model).items() if spec.role == "matrix"
+    }
+    leaves = [jax.ShapeDtypeStruct(shape[::-1], "float32") for shape in specs.values()]
+    weight, rows = sum(leaf.size for leaf in leaves) * 4, []
+    for mesh in MESHES:
+        shardings = [
+            NamedSharding(
+                AbstractMesh(mesh, AXES),
+                P("tensor", "fsdp") if ".o_proj." in name or ".down_proj." in name else P("fsdp", "tensor"),
+            )
+            for name in specs
+        ]
+        sent = collective_bytes(leaves, [FULLY_CONNECTED] * len(leaves), shardings, "bfloat16")
+        ways = mesh[1] * mesh[2]
+        padded = sent[0].sent * 8 * ways // (ways - 1)
+        figures = [f"{one.sent / 1e6:.1f}" for one in sent] + ["–"] * (3 - len(sent))
+        rows.append(
+            f"| {', '.join(map(str, mesh))} | {len(sent)} | {' | '.join(figures)} | {padded / weight - 1:.1%} |"
+        )
+    return rows
+
+
+def test_the_guide_has_the_formulas_figures():
+    guide = (ROOT / "docs/muon.md").read_text(encoding="utf-8").splitlines()
+    missing = [row for row in guide_rows() if row not in guide]
+    assert not missing

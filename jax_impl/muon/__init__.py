@@ -22,6 +22,8 @@ from jax_impl.muon.newton_schulz import POLAR_EXPRESS_DION as POLAR_EXPRESS_DION
 from jax_impl.muon.newton_schulz import YOU as YOU
 from jax_impl.muon.newton_schulz import Coefficients as Coefficients
 from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz as orthogonalize_via_newton_schulz
+from jax_impl.muon.sharded import collective_bytes as collective_bytes
+from jax_impl.muon.sharded import shardings_of as shardings_of
 from jax_impl.muon.transforms import Heads as Heads
 from jax_impl.muon.transforms import ScaleByMuonState as ScaleByMuonState
 from jax_impl.muon.transforms import ScaleByNeuronNormState as ScaleByNeuronNormState

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from jax_impl.muon.matrices import Matrices, as_stack, from_stack, matrix_of, path_of
 from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients, orthogonalize_via_newton_schulz
+from jax_impl.muon.sharded import orthogonalize_sharded, sharding_of
 
-Shardings = Callable[[str, Any], Any]
-"""Path and leaf to the `jax.sharding.NamedSharding` that the leaf has, or None."""
+Shardings = Callable[[str, Any], NamedSharding | None]
+"""Path and leaf to the sharding that the leaf has, or None."""
 
 
 def orthogonalize(
@@ -31,8 +33,9 @@ def orthogonalize(
         that is no matrix raises a ValueError.
     batched: True lets matrices that are alike when laid wide share one batched product, as accelerators like it; False
         gives each its own, which is faster on a CPU. None: batched unless JAX's default backend is a CPU.
-    shardings: where the leaves lie on a mesh, so that each matrix is orthogonalised whole on one device (`sharded.py`);
-        not needed in explicit mode, where the types say it.
+    shardings: where the leaves lie on a mesh, as `shardings_of(params)` gives it: each matrix is then orthogonalised
+        whole on one device, for two all-to-alls (`sharded.py`). Not needed outside `jax.jit` nor in explicit mode,
+        where arrays and types say it; inside jit in Auto mode, XLA communicates in every iteration without it.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(updates)
     leaves = [leaf for _, leaf in paths]
@@ -43,12 +46,17 @@ def orthogonalize(
         in_batches = jax.default_backend() != "cpu" if batched is None else batched
         return _in_batches(stacks, options) if in_batches else _one_by_one(stacks, options)
 
-    stacks = orthogonalize_stacks([as_stack(leaf, matrix) for leaf, matrix in zip(leaves, found, strict=True)])
-    # Out of `dtype` before any scaling: a factor applied in bfloat16 would cost 2e-3.
-    whole = [
-        from_stack(stack, matrix, leaf.shape).astype(leaf.dtype)
-        for stack, matrix, leaf in zip(stacks, found, leaves, strict=True)
-    ]
+    told = shardings or (lambda _, leaf: sharding_of(leaf))
+    lie = [told(path_of(keys), leaf) for keys, leaf in paths]
+    if any(sharding is not None for sharding in lie):
+        whole = orthogonalize_sharded(leaves, found, lie, orthogonalize_stacks)
+    else:
+        stacks = orthogonalize_stacks([as_stack(leaf, matrix) for leaf, matrix in zip(leaves, found, strict=True)])
+        # Out of `dtype` before any scaling: a factor applied in bfloat16 would cost 2e-3.
+        whole = [
+            from_stack(stack, matrix, leaf.shape).astype(leaf.dtype)
+            for stack, matrix, leaf in zip(stacks, found, leaves, strict=True)
+        ]
     return jax.tree.unflatten(tree, whole)
 
 

@@ -30,8 +30,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jax_impl.muon.matrices import Matrix, as_stack, fans, from_stack, path_of
 
-Shardings = Sequence[NamedSharding | None]
-
 _all_to_all = functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=0, tiled=True)
 _all_gather = functools.partial(jax.lax.all_gather, axis=0, tiled=True)
 
@@ -48,7 +46,7 @@ class Collective(NamedTuple):
 def orthogonalize_sharded(
     leaves: Sequence[jax.Array],
     matrices: Sequence[Matrix],
-    shardings: Shardings,
+    shardings: Sequence[NamedSharding | None],
     orthogonalize_stacks: Callable[[list[jax.Array]], list[jax.Array]],
 ) -> list[jax.Array]:
     """The leaves with each matrix orthogonalised, in their own dtypes and shardings.
@@ -91,7 +89,10 @@ def orthogonalize_sharded(
 
 
 def collective_bytes(
-    leaves: Sequence[Any], matrices: Sequence[Matrix], shardings: Shardings, dtype: jax.typing.DTypeLike
+    leaves: Sequence[Any],
+    matrices: Sequence[Matrix],
+    shardings: Sequence[NamedSharding | None],
+    dtype: jax.typing.DTypeLike,
 ) -> list[Collective]:
     """What `orthogonalize_sharded` sends, by the formula at the top of this file.
 
@@ -158,7 +159,7 @@ class _Stack(NamedTuple):
 
 
 def _plan(
-    leaves: Sequence[Any], matrices: Sequence[Matrix], shardings: Shardings
+    leaves: Sequence[Any], matrices: Sequence[Matrix], shardings: Sequence[NamedSharding | None]
 ) -> tuple[Mesh | AbstractMesh | None, dict[_Stack, dict[int, int]]]:
     """The mesh, or None; and the leaves of each stack, place in the list -> matrices on a device; not the empty."""
     meshes = [sharding.mesh for sharding in shardings if sharding]
