@@ -53,7 +53,9 @@ def runs(tmp_path_factory) -> dict:
     # Machine code need not be good; the HLO is the same.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
-    command = [sys.executable, "-m", "parity_tests.muon_on_meshes", str(folder)]
+    # The first import plants the bug that `parity_tests.mutants` asks for, if it does.
+    run = "import parity_tests.mutation, runpy; runpy.run_module('parity_tests.muon_on_meshes', run_name='__main__')"
+    command = [sys.executable, "-c", run, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     said = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
