@@ -45,6 +45,7 @@ ONE_SIDED = {
         "MultiSteps": "in torch a loop around `backward`",
     },
     "muon/batches.py": {"Shardings": "only JAX's matrices lie on a mesh"},
+    "muon/newton_schulz.py": {"checked": "jax.jit must be able to hold on to a table"},
     "muon/transforms.py": {
         "ScaleByMuonState": "optax keeps a transformation's state apart",
         "scale_by_muon": "momentum and Newton-Schulz in one transformation; in torch `Muon.step` calls both",

@@ -110,7 +110,9 @@ class MultiSteps(optax.MultiSteps):
 
         def update_fn(updates, state, params=None, *, is_applied, **extra_args):
             def run():
-                return inner.update(updates, state, params, **extra_args)
+                new_updates, new_state = inner.update(updates, state, params, **extra_args)
+                # As optax: Adam's moments of bfloat16 parameters would become float32 with such gradients.
+                return new_updates, optax.tree.cast_like(new_state, state)
 
             def wait():
                 zeros, _ = jax.eval_shape(run)

@@ -1,6 +1,7 @@
 """Orthogonalising a tree: which matrices share one call, and where each of them is whole."""
 
 import collections
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jax_impl.muon.matrices import Matrices, as_stack, from_stack, matrix_of, path_of
-from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients, orthogonalize_via_newton_schulz
+from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients, checked, orthogonalize_via_newton_schulz
 from jax_impl.muon.sharded import orthogonalize_sharded, sharding_of
 
 Shardings = Callable[[str, Any], NamedSharding | None]
@@ -38,11 +39,11 @@ def orthogonalize(
         where arrays and types say it; inside jit in Auto mode, XLA communicates in every iteration without it.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(updates)
-    leaves = [leaf for _, leaf in paths]
     found = [matrix_of(path_of(keys), leaf, matrices) for keys, leaf in paths]
+    leaves = [jax.numpy.asarray(leaf) for _, leaf in paths]
 
     def orthogonalize_stacks(stacks: list[jax.Array]) -> list[jax.Array]:
-        options = dict(coefficients=coefficients, eps=eps, dtype=dtype, gram=gram)
+        options = dict(coefficients=checked(coefficients), eps=eps, dtype=dtype, gram=gram)
         in_batches = jax.default_backend() != "cpu" if batched is None else batched
         return _in_batches(stacks, options) if in_batches else _one_by_one(stacks, options)
 
@@ -78,11 +79,13 @@ def _in_batches(stacks: list[jax.Array], options: dict[str, Any]) -> list[jax.Ar
     for (short, long), indices in groups.items():
         are_tall = [stacks[i].shape[-2] > short for i in indices]
         wide = [stacks[i].mT if is_tall else stacks[i] for i, is_tall in zip(indices, are_tall, strict=True)]
-        batch = jax.numpy.concatenate([stack.reshape(-1, short, long) for stack in wide])
+        counts = [math.prod(stack.shape[:-2]) for stack in wide]
+        batch = jax.numpy.concatenate(
+            [stack.reshape(count, short, long) for stack, count in zip(wide, counts, strict=True)]
+        )
         batch = orthogonalize_via_newton_schulz(batch, rounds_gram=True, **options)
         taken = 0
-        for i, is_tall, stack in zip(indices, are_tall, wide, strict=True):
-            count = stack.size // (short * long)
+        for i, is_tall, stack, count in zip(indices, are_tall, wide, counts, strict=True):
             part = batch[taken : taken + count].reshape(stack.shape)
             done[i], taken = part.mT if is_tall else part, taken + count
     return done

@@ -38,7 +38,7 @@ _FROM_HEADS = ("out", "o_proj", "out_proj")
 
 def two_axes(path: str, leaf: Any) -> Matrix | None:
     """The rule where none is given: a leaf of two axes is (fan_in, fan_out), and every other leaf is no matrix."""
-    return FULLY_CONNECTED if len(leaf.shape) == 2 else None
+    return FULLY_CONNECTED if jnp.ndim(leaf) == 2 else None
 
 
 def flax_matrices(
@@ -51,12 +51,12 @@ def flax_matrices(
     """The rule for parameters of Flax, Linen and NNX: kernels are matrices; biases, scales and embeddings are not.
 
     A kernel of two axes is (fan_in, fan_out); under query, key, value (or q_proj, ...) one of three is (fan_in, heads,
-    head_dim), under out (o_proj) (heads, head_dim, fan_out); under a module with "conv" in its name, or with four axes,
-    a kernel is a convolution's (..., fan_in, fan_out), whose inputs are all but the last axis. Other kernels raise a
-    ValueError: their axes cannot be told.
+    head_dim), under out (o_proj) (heads, head_dim, fan_out); in a module with "conv" in its name, or in a list of that
+    name, a kernel is a convolution's (..., fan_in, fan_out), whose inputs are all but the last axis. Other kernels
+    raise a ValueError: a stack of layers has as many axes as a convolution, so that theirs cannot be told.
 
     stacked: leading axes that count layers, as `nn.scan`, `nn.vmap` and `nnx.vmap` make them; a mapping says it for
-        the paths that begin with a name or contain it, {"layers": 1}, and 0 for the rest.
+        the paths that begin with a name or contain it, {"layers": 1}, the longest that fits, and 0 for the rest.
     named: what certain leaves are, by the end of their path: {"head/kernel": None, "mixer/kernel": Matrix((0,), (1,))}.
     """
     names = path.split("/")
@@ -64,7 +64,7 @@ def flax_matrices(
         return found
     if names[-1] != "kernel" or "lm_head" in names:
         return None
-    axes = len(leaf.shape) - _stacked(path, stacked)
+    axes = jnp.ndim(leaf) - _stacked(path, stacked)
     parent = names[-2] if len(names) > 1 else ""
     if axes == 2:
         return FULLY_CONNECTED
@@ -72,13 +72,10 @@ def flax_matrices(
         return TO_HEADS
     if axes == 3 and parent in _FROM_HEADS:
         return FROM_HEADS
-    is_convolution = any("conv" in name.lower() for name in names) or axes == 4
-    if axes >= 3 and is_convolution and parent not in _TO_HEADS + _FROM_HEADS:
-        return Matrix(tuple(range(-axes, -1)), (-1,))
-    raise ValueError(
-        f"{path} {tuple(leaf.shape)} has {axes} axes of which flax_matrices cannot tell inputs from outputs: pass "
-        f'stacked=1 (or {{"layers": 1}}) if the first counts layers, or named={{"{path}": Matrix(fan_in, fan_out)}}.'
-    )
+    convolution = Matrix(tuple(range(-axes, -1)), (-1,))
+    if axes >= 3 and _is_convolution(names):
+        return convolution
+    raise _unclear(path, leaf, axes, "flax_matrices", convolution)
 
 
 def equinox_matrices(
@@ -90,17 +87,22 @@ def equinox_matrices(
 ) -> Matrix | None:
     """The rule for Equinox, and for torch's layout in general: a weight is (fan_out, fan_in, ...).
 
-    What follows the second axis is a convolution's window and belongs to the inputs. Biases, leaves of one axis and
-    whatever has "embed" or "norm" in its path, or "lm_head", are no matrices; an embedding by another name looks like
-    any Linear: say named={"tokens/weight": None}. `stacked` and `named` are as in `flax_matrices`.
+    In a module with "conv" in its name, or in a list of that name, what follows the second axis is a convolution's
+    window and belongs to the inputs; other weights of more than two axes raise a ValueError, since a stack of layers
+    looks the same. Biases, leaves of one axis and whatever has "embed" or "norm" in its path, or "lm_head", are no
+    matrices; an embedding by another name looks like any Linear: say named={"tokens/weight": None}. `stacked` and
+    `named` are as in `flax_matrices`.
     """
     if (found := _named(path, named)) is not _UNKNOWN:
         return found
-    axes = len(leaf.shape) - _stacked(path, stacked)
-    apart = any(word in name.lower() for name in path.split("/") for word in ("embed", "norm", "lm_head"))
-    if path.split("/")[-1] != "weight" or apart or axes < 2:
+    names, axes = path.split("/"), jnp.ndim(leaf) - _stacked(path, stacked)
+    apart = any(word in name.lower() for name in names for word in ("embed", "norm", "lm_head"))
+    if names[-1] != "weight" or apart or axes < 2:
         return None
-    return Matrix(tuple(range(1 - axes, 0)), (-axes,))
+    convolution = Matrix(tuple(range(1 - axes, 0)), (-axes,))
+    if axes == 2 or _is_convolution(names):
+        return convolution
+    raise _unclear(path, leaf, axes, "equinox_matrices", convolution)
 
 
 _UNKNOWN: Any = object()
@@ -116,11 +118,33 @@ def _stacked(path: str, stacked: int | Mapping[str, int]) -> int:
     """Leading axes of this leaf that count layers."""
     if not isinstance(stacked, Mapping):
         return stacked
-    return next((count for name, count in stacked.items() if f"/{name}/" in f"/{path}/"), 0)
+    parts = [name for name in stacked if f"/{name}/" in f"/{path}/"]
+    return stacked[max(parts, key=len)] if parts else 0
+
+
+def _is_convolution(names: list[str]) -> bool:
+    """Whether the module that has this leaf is named a convolution; what a list counts is no name."""
+    return "conv" in next((name for name in reversed(names[:-1]) if not name.isdecimal()), "").lower()
+
+
+def _unclear(path: str, leaf: Any, axes: int, rule: str, convolution: Matrix) -> ValueError:
+    start = f"{path} {jnp.shape(leaf)} has {axes} axes besides those that count layers"
+    if axes < 2:
+        return ValueError(
+            f'{start}: say of which paths some do, stacked={{"layers": 1}}, or that it is no matrix, '
+            f'named={{"{path}": None}}.'
+        )
+    return ValueError(
+        f'{start}, and {rule} cannot tell inputs from outputs: pass stacked=1 (or {{"layers": 1}}) if one more does, '
+        f'or named={{"{path}": Matrix(fan_in, fan_out)}}, with Matrix{tuple(convolution)} if it is a convolution\'s.'
+    )
 
 
 def path_of(keys: tuple) -> str:
-    """The names of a path of JAX's, joined by "/"; the `value` inside each of NNX's variables is left out."""
+    """The names of a path of JAX's, joined by "/"; the `value` inside each of NNX's variables is left out.
+
+    So is a leaf's own name in a dataclass, if that is `value`: JAX's paths do not tell the two apart.
+    """
     names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
     is_variable = len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value")
     return "/".join(names[:-1] if is_variable else names)
@@ -136,7 +160,7 @@ def map_matrices(function: Callable[..., Any], matrices: Matrices | None, tree: 
 def matrix_of(path: str, leaf: Any, matrices: Matrices | None) -> Matrix:
     """The leaf's matrix, with axes counted from the end; ValueError, by path and shape, for what Muon cannot take."""
     rule = matrices or two_axes
-    matrix, shape, name = rule(path, leaf), tuple(leaf.shape), getattr(rule, "__name__", "the given rule")
+    matrix, shape, name = rule(path, leaf), jnp.shape(leaf), getattr(rule, "__name__", "the given rule")
     if isinstance(rule, functools.partial):
         name = getattr(rule.func, "__name__", name)
     if matrix is None:
@@ -144,10 +168,13 @@ def matrix_of(path: str, leaf: Any, matrices: Matrices | None) -> Matrix:
             f"{path} {shape} is no matrix by {name}: give it to another optimizer (muon_or), or pass matrices=, a "
             f"function of path and leaf that says which axes are inputs and outputs (flax_matrices, equinox_matrices)."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{path} {shape} is {leaf.dtype}, and Muon takes real floating numbers: give it to another optimizer."
+            f"{path} {shape} is {dtype}, and Muon takes real floating numbers: give it to another optimizer."
         )
+    if not (isinstance(matrix, Matrix) and all(isinstance(axes, tuple | list) for axes in matrix)):
+        raise ValueError(f"{path} {shape} is {matrix!r} by {name}: return e.g. Matrix((-2,), (-1,)), or None.")
     axes = [*matrix.fan_in, *matrix.fan_out]
     counted = [axis if axis < 0 else axis - len(shape) for axis in axes]
     if (
@@ -198,7 +225,7 @@ def explain(params: Any, matrices: Matrices | None = None) -> str:
             fan_in, fan_out = fans(leaf.shape, matrix)
             count = math.prod(leaf.shape) // max(fan_in * fan_out, 1)
             what = ("muon", f"{count} x ({fan_out}, {fan_in}), scale {max(1.0, fan_out / max(fan_in, 1)) ** 0.5:.3g}")
-        lines.append((path, str(tuple(leaf.shape)), *what))
+        lines.append((path, str(jnp.shape(leaf)), *what))
     widths = [max((len(line[column]) for line in lines), default=0) for column in range(3)]
     padded = [[*(part.ljust(width) for part, width in zip(line, widths, strict=False)), line[3]] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)

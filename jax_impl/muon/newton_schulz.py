@@ -5,6 +5,7 @@ Tables of coefficients are tuples of rows (a, b, c), one for each step: x -> a x
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,17 @@ CONVERGENT: Coefficients = ((2.0, -1.5, 0.5),) * 12
 
 # Steps of the Gram form after which X is made anew. In bfloat16 its error is then no more than the plain form's.
 GRAM_RESTARTS = (2, 3)
+
+
+def checked(coefficients: Any) -> Coefficients:
+    """The table as a tuple of rows, which `jax.jit` can hold on to; ValueError for what is no table."""
+    try:
+        a_b_c = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
+    except (TypeError, ValueError):
+        a_b_c = ()
+    if not a_b_c:
+        raise ValueError(f"coefficients={coefficients!r} must be rows (a, b, c), one a step; take e.g. KELLER_JORDAN.")
+    return a_b_c
 
 
 @functools.partial(jax.jit, static_argnames=("coefficients", "dtype", "gram", "rounds_gram"))

@@ -15,7 +15,7 @@ import optax
 
 from jax_impl.muon.batches import Shardings, orthogonalize
 from jax_impl.muon.matrices import Matrices, Matrix, fans, map_matrices, path_of
-from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients
+from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients, checked
 
 Momentum = Literal["average", "heavy_ball"]
 
@@ -56,17 +56,20 @@ def scale_by_muon(
     _require(momentum in ("average", "heavy_ball"), f"momentum={momentum!r} must be 'average' or 'heavy_ball'.")
     _require_fraction("beta", beta)
     _require_rate("eps", eps)
-    rows = _checked(coefficients)
+    for name, dtype in (("ns_dtype", ns_dtype), ("mu_dtype", mu_dtype or "float32")):
+        _require_floating(name, dtype)
+    rows = checked(coefficients)
 
     def init_fn(params):
         def zeros(leaf, _):
-            return jnp.zeros_like(leaf, dtype=mu_dtype or jnp.promote_types(leaf.dtype, jnp.float32))
+            return jnp.zeros_like(leaf, dtype=mu_dtype or jnp.result_type(leaf, jnp.float32))
 
         return ScaleByMuonState(mu=map_matrices(zeros, matrices, params))
 
     def update_fn(updates, state, params=None):
         del params
         weight = 1 - beta if momentum == "average" else 1.0
+        updates = jax.tree.map(jnp.asarray, updates)  # NumPy's float64 is JAX's float32 where x64 is off
 
         def mix(grad, mu):
             wide = jnp.promote_types(jnp.promote_types(grad.dtype, mu.dtype), jnp.float32)
@@ -138,11 +141,12 @@ def scale_by_neuron_norm(
     makes it 0.2 sqrt(fan_in fan_out)). Place it after `scale_by_muon`.
     """
     _require_fraction("beta", beta)
+    _require_rate("eps", eps)
 
     def init_fn(params):
         def zeros(leaf, matrix):
             shape = [1 if axis in matrix.fan_in else leaf.shape[axis] for axis in range(-leaf.ndim, 0)]
-            return jnp.zeros(shape, jnp.promote_types(leaf.dtype, jnp.float32))
+            return jnp.zeros(shape, jnp.result_type(leaf, jnp.float32))
 
         return ScaleByNeuronNormState(nu=map_matrices(zeros, matrices, params))
 
@@ -150,7 +154,8 @@ def scale_by_neuron_norm(
         del params
 
         def moment(update, matrix, nu):
-            square = jnp.mean(jnp.square(update.astype(nu.dtype)), axis=matrix.fan_in, keepdims=True)
+            fan_in = max(fans(update.shape, matrix)[0], 1)
+            square = jnp.sum(jnp.square(update.astype(nu.dtype)) / fan_in, axis=matrix.fan_in, keepdims=True)
             return (beta * nu + (1 - beta) * square).astype(nu.dtype)
 
         def scale(update, matrix, nu):
@@ -200,7 +205,7 @@ class Heads(NamedTuple):
 
 
 def clip_qk(
-    heads: Callable[[str, Any], Heads | None], threshold: float = 100.0
+    heads: Callable[[str, Any], Heads | None], threshold: float | jax.Array = 100.0
 ) -> optax.GradientTransformationExtraArgs:
     """QK-clip, the clip of MuonClip: heads whose largest logit passed the threshold have their weights scaled down.
 
@@ -211,7 +216,10 @@ def clip_qk(
 
     heads: path and leaf to `Heads`, or None for a leaf that makes neither queries nor keys.
     """
-    _require(threshold > 0, f"threshold={threshold} must be above 0; Kimi K2 takes 100.")
+    _require(
+        not isinstance(threshold, int | float) or threshold > 0,
+        f"threshold={threshold} must be above 0; Kimi K2 takes 100.",
+    )
 
     def update_fn(updates, state, params=None, *, max_logits: Mapping[str, jax.Array] | None = None, **_):
         if params is None or max_logits is None:
@@ -221,14 +229,19 @@ def clip_qk(
             found = heads(path_of(keys), weight)
             if found is None:
                 return update
-            logits = jnp.asarray(max_logits[found.attention], jnp.promote_types(weight.dtype, jnp.float32))
+            _require(
+                found.attention in max_logits,
+                f"max_logits has no {found.attention!r}, as {path_of(keys)} needs, but {', '.join(max_logits)}.",
+            )
+            logits = jnp.asarray(max_logits[found.attention], jnp.result_type(weight, jnp.float32))
             axis, size = found.axis % weight.ndim, weight.shape[found.axis]
             if logits.ndim != 1 or size % logits.shape[0]:
                 raise ValueError(
                     f"{path_of(keys)} {weight.shape} has {size} columns on axis {found.axis}, not a multiple of "
                     f"the {logits.shape} logits of {found.attention}: one logit for each head."
                 )
-            factor = jnp.repeat(jnp.minimum(1.0, threshold / logits) ** found.power, size // logits.shape[0])
+            # The largest logit of a head may be negative; it passed nothing.
+            factor = jnp.repeat((threshold / jnp.maximum(threshold, logits)) ** found.power, size // logits.shape[0])
             factor = factor.reshape([-1 if place == axis else 1 for place in range(weight.ndim)])
             clipped = (weight + update) * factor - weight
             return jnp.where(factor < 1, clipped, update).astype(update.dtype)
@@ -236,15 +249,6 @@ def clip_qk(
         return jax.tree_util.tree_map_with_path(clip, updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-
-
-def _checked(coefficients: Any) -> Coefficients:
-    """The table as a tuple of rows, which `jax.jit` can hold on to."""
-    rows = tuple(tuple(float(value) for value in row) for row in coefficients)
-    _require(
-        bool(rows) and all(len(row) == 3 for row in rows), f"coefficients={coefficients!r} must be rows (a, b, c)."
-    )
-    return rows  # type: ignore[return-value]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -257,6 +261,15 @@ def _require_fraction(name: str, value: Any) -> None:
     _require(
         not isinstance(value, int | float) or 0 <= value < 1, f"{name}={value} must lie in [0, 1); choose e.g. 0.95."
     )
+
+
+def _require_floating(name: str, dtype: Any) -> None:
+    try:
+        # What `inject_hyperparams` makes of jnp.bfloat16 is an array.
+        is_floating = not isinstance(dtype, jax.Array) and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    _require(is_floating, f"{name}={dtype!r} must name a floating dtype, such as 'float32', 'bfloat16' or 'float16'.")
 
 
 def _require_rate(name: str, value: Any) -> None:
