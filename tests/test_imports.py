@@ -269,6 +269,67 @@ def test_the_comparison_of_ports_imports_with_the_rest_out_of_reach():
     assert (done.returncode, done.stdout.split()) == (0, names), done.stderr
 
 
+MUON = "jax_impl.muon"
+MUON_NEEDS = {"jax", "optax", *sys.stdlib_module_names}
+"""What the library of Muon may import besides itself."""
+
+
+def beyond_muon(tree: ast.AST) -> set[str]:
+    """What a file of Muon's imports and must not, anywhere in it: a library, or ours outside its folder."""
+    ours = {name for name in dotted_imports(tree) if name.partition(".")[0] in PACKAGES}
+    # `from . import a` stays inside; `from .. import a` does not.
+    above = {"." * node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 1}
+    return {name for name in ours if not f"{name}.".startswith(f"{MUON}.")} | (
+        imports(tree) - MUON_NEEDS - set(PACKAGES) | above
+    )
+
+
+MUON_FILES = [file for file in FILES if label(file).startswith(MUON.replace(".", "/") + "/")]
+
+
+@pytest.mark.parametrize("file", MUON_FILES, ids=label)
+def test_muon_imports_jax_and_optax_alone(file):
+    assert beyond_muon(ast.parse(file.read_text(encoding="utf-8"))) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import functools, jax.numpy as jnp\nfrom optax import chain", set()),
+        ("from jax_impl.muon.matrices import Matrix", set()),
+        ("from . import matrices", set()),
+        ("import numpy as np", {"numpy"}),
+        ("def f():\n    import flax.nnx", {"flax"}),
+        ("from jax_impl import hybrid", {"jax_impl", "jax_impl.hybrid"}),
+        ("from jax_impl.muonlike import f", {"jax_impl.muonlike", "jax_impl.muonlike.f"}),
+        ("from recipe.config import require", {"recipe.config", "recipe.config.require"}),
+        ("from .. import backend", {".."}),
+    ],
+)
+def test_the_check_of_muon_can_fail(source, found):
+    assert beyond_muon(ast.parse(source)) == found
+
+
+def test_muon_imports_and_runs_with_everything_else_out_of_reach():
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in MUON_FILES]
+    assert {MUON, f"{MUON}.matrices", f"{MUON}.newton_schulz"} <= set(names)
+    # jax and optax bring numpy and chex themselves.
+    others = {"flax", "equinox", "orbax", "tyro", "tqdm", "matplotlib", "tokenizers"}
+    blocked = (set(PACKAGES) - {"jax_impl"}) | TORCH | HEAVY | others
+    update = """
+        import jax, jax_impl.muon
+
+        transformation = jax_impl.muon.muon(0.1)
+        params = {"a": jax.numpy.ones((3, 5))}
+        transformation.update(params, transformation.init(params))
+        print(*(name for name in sys.modules if name.startswith("jax_impl.") and ".muon" not in name))
+    """
+    script = textwrap.dedent(BLOCKED_IMPORT) + textwrap.dedent(update)
+    command = [sys.executable, "-c", script, ",".join(sorted(blocked)), ",".join(names)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, names), done.stderr
+
+
 PLAN_FILES = [file for file in FILES if label(file).startswith("benchmarks/plan/")]
 
 
