@@ -70,7 +70,6 @@ def muon_with_adamw(
             muon(
                 lambda count: muon_config.learning_rate * schedule(count),
                 muon_config.beta,
-                matrices=matrices,
                 nesterov=muon_config.nesterov,
                 coefficients=KELLER_JORDAN[:1] * muon_config.ns_steps,
                 eps=muon_config.eps,

@@ -257,6 +257,16 @@ def test_the_norm_neither_overflows_nor_vanishes_in_float32(side, scale):
     check(f"{side} x {scale}", np.asarray(out), truth, allowance(x.astype(np.float64), "float32") + amplified)
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_so_it_is_in_float64(scale):
+    x = gradients()[0]["wide"]
+    with jax.enable_x64(True):
+        ours = jax_impl.muon.orthogonalize_via_newton_schulz(jnp.asarray(x * scale), eps=0.0, dtype="float64")
+    theirs = torch_ref.muon.orthogonalize_via_newton_schulz(torch.tensor(x * scale), eps=0.0, dtype=torch.float64)
+    for out in (ours, theirs):
+        check(f"x {scale}", np.asarray(out), newton_schulz(x, eps=0.0), allowance(x, "float64"))
+
+
 def test_eps_beside_a_vanishing_gradient():
     """1e-30 under eps = 1e-7: the update is the gradient times 3.4445^5 / eps, and no zero, no NaN."""
     x = gradients()[0]["wide"] * 1e-30

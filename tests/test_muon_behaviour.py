@@ -157,6 +157,32 @@ def test_injected_decay_and_neurons_equal_given_ones():
         check_updates("injected", [by_optax], [given])
 
 
+def out_in(path, leaf):
+    """A rule by which kernels are (fan_out, fan_in), and one of them is none."""
+    return Matrix((-1,), (-2,)) if path == "up" else None
+
+
+HYBRIDS = {
+    "said once": muon_or(out_in, ours(RATE), optax.sgd(1.0)),
+    "said twice": muon_or(out_in, ours(RATE, matrices=out_in), optax.sgd(1.0)),
+    "injected": muon_or(out_in, optax.inject_hyperparams(ours)(learning_rate=RATE), optax.sgd(1.0)),
+    "in micro-steps": optax.with_extra_args_support(MultiSteps(muon_or(out_in, ours(RATE), optax.sgd(1.0)), 1)),
+}
+
+
+@pytest.mark.parametrize("what", HYBRIDS)
+def test_a_muon_takes_the_rule_of_the_hybrid_around_it(what):
+    """Else the scale of (10, 14) as (fan_out, fan_in) would be sqrt(1.4) for 1."""
+    updates, _ = run(HYBRIDS[what])
+    turned = on_paper([{"up": grad["up"].T} for grad in GRADS], [RATE] * 4)
+    for step, update in enumerate(updates):
+        limit = SAFETY * max(allowance(np.asarray(grad["up"], np.float64), "float32") for grad in GRADS)
+        check(f"{what} at step {step}", update["up"].T, turned[step]["up"], limit)
+        np.testing.assert_array_equal(update["down"], -GRADS[step]["down"])
+    with pytest.raises(ValueError, match=r"scalar \(\) is no matrix by two_axes"):
+        ours(RATE).init({"scalar": jnp.ones(())})
+
+
 def test_masked_leaves_pass_as_gradients():
     """optax's rule: what is masked out is left as it is; here the other optimizer comes after."""
     params = PARAMS | {"scale": jnp.ones(5)}

@@ -35,7 +35,7 @@ tokens = jnp.arange(40).reshape(2, 20) ** 2 % 11
 matrices = functools.partial(equinox_matrices, named={"tokens/weight": None, "head/weight": None})
 params, static = eqx.partition(model, eqx.is_inexact_array)
 print(explain(params, matrices))
-transformation = muon_or(matrices, muon(0.02, matrices=matrices, gram=True), optax.adamw(0.003))
+transformation = muon_or(matrices, muon(0.02, gram=True), optax.adamw(0.003))
 optimizer = MultiSteps(transformation, every_k_schedule=2)
 
 

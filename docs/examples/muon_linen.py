@@ -28,7 +28,7 @@ print(explain(params, matrices))
 schedule = optax.cosine_decay_schedule(0.02, 60)
 optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
-    muon_or(matrices, muon(schedule, matrices=matrices, weight_decay=0.1), optax.adamw(0.003)),
+    muon_or(matrices, muon(schedule, weight_decay=0.1), optax.adamw(0.003)),
 )
 
 

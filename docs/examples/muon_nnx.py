@@ -40,7 +40,7 @@ tokens = jnp.arange(40).reshape(2, 20) ** 2 % 11
 
 matrices = functools.partial(flax_matrices, stacked={"layers": 1}, named={"head/kernel": None})
 print(explain(nnx.state(model, nnx.Param), matrices))
-transformation = muon_or(matrices, muon(0.02, matrices=matrices), optax.adamw(0.003))
+transformation = muon_or(matrices, muon(0.02), optax.adamw(0.003))
 optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 

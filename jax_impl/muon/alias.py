@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_impl.muon.batches import Shardings
-from jax_impl.muon.matrices import Matrices, path_of
+from jax_impl.muon.matrices import Matrices, by_default, path_of
 from jax_impl.muon.newton_schulz import KELLER_JORDAN, Coefficients
 from jax_impl.muon.transforms import (
     Momentum,
@@ -51,8 +51,8 @@ def muon(
     weight_decay: decoupled; 0.0 leaves it out, and `update` needs no parameters.
     cautious: decay by `add_cautious_decayed_weights`.
 
-    `optax.inject_hyperparams(muon)(learning_rate=...)` works as it is; functions such as `matrices` and `shardings`
-    must be named there: `static_args=("matrices",)`.
+    `optax.inject_hyperparams(muon)(learning_rate=...)` works as it is, also inside `muon_or`; functions such as
+    `matrices` and `shardings` must be named there: `static_args=("matrices",)`.
     """
     scales = {
         "fan_ratio": lambda: scale_by_fan_ratio(matrices=matrices),
@@ -88,14 +88,27 @@ def muon(
 def muon_or(
     matrices: Matrices, muon: optax.GradientTransformation, other: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The hybrid: `muon` for the leaves that are matrices, `other` (AdamW) for all the rest, by `optax.partition`."""
+    """The hybrid: `muon` for the leaves that are matrices, `other` (AdamW) for all the rest, by `optax.partition`.
+
+    The rule is said once: a `muon` that was given no `matrices` takes these, also inside `optax.inject_hyperparams`.
+    """
+    inner = optax.with_extra_args_support(muon)
+
+    def init_fn(params):
+        with by_default(matrices):
+            return inner.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        with by_default(matrices):
+            return inner.update(updates, state, params, **extra_args)
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: "other" if matrices(path_of(keys), leaf) is None else "muon", params
         )
 
-    return optax.partition({"muon": muon, "other": other}, labels)
+    told = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.partition({"muon": told, "other": other}, labels)
 
 
 class MultiSteps(optax.MultiSteps):

@@ -4,9 +4,11 @@ One function `(path, leaf) -> Matrix | None` decides everything: who is Muon's, 
 ratio, where NorMuon's neurons are, and what `explain` prints. `path` has the names from the root, joined by "/".
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +107,20 @@ def equinox_matrices(
     raise _unclear(path, leaf, axes, "equinox_matrices", convolution)
 
 
+_around: contextvars.ContextVar[Matrices] = contextvars.ContextVar("matrices", default=two_axes)
+"""The rule of what has been given none."""
+
+
+@contextlib.contextmanager
+def by_default(matrices: Matrices) -> Iterator[None]:
+    """Context in which transformations that were given no rule take this one; what is traced inside keeps it."""
+    token = _around.set(matrices)
+    try:
+        yield
+    finally:
+        _around.reset(token)
+
+
 _UNKNOWN: Any = object()
 
 
@@ -159,7 +175,7 @@ def map_matrices(function: Callable[..., Any], matrices: Matrices | None, tree: 
 
 def matrix_of(path: str, leaf: Any, matrices: Matrices | None) -> Matrix:
     """The leaf's matrix, with axes counted from the end; ValueError, by path and shape, for what Muon cannot take."""
-    rule = matrices or two_axes
+    rule = matrices or _around.get()
     matrix, shape, name = rule(path, leaf), jnp.shape(leaf), getattr(rule, "__name__", "the given rule")
     if isinstance(rule, functools.partial):
         name = getattr(rule.func, "__name__", name)

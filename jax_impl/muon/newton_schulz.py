@@ -101,8 +101,9 @@ def normalize(x: jax.Array, eps: float | jax.Array) -> jax.Array:
     What is squared are the entries over a power of two near the largest of them: an exact division.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))
-    # Up to 2^100 either way, so that no reciprocal is subnormal; what is left of the range has room for squares.
-    scale = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(jnp.frexp(largest)[1] - 1, -100, 100))
+    # 28 powers of two short of the largest number, so that no reciprocal is subnormal; what is left is for the squares.
+    most = jnp.finfo(x.dtype).maxexp - 28
+    scale = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(jnp.frexp(largest)[1] - 1, -most, most))
     x = x / scale
     return x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + eps / scale)
 

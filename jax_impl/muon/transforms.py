@@ -1,7 +1,8 @@
 """Muon as optax transformations, in small parts, each with its source.
 
-Every factory takes `matrices`, the function that says which axes of a leaf are inputs and outputs (`matrices.py`);
-without it each leaf has two axes, (fan_in, fan_out), as a Flax kernel. A leaf that is no matrix is refused by `init`.
+Every factory takes `matrices`, the function that says which axes of a leaf are inputs and outputs (`matrices.py`).
+Without it the rule is that of the `muon_or` around it, else that each leaf has two axes, (fan_in, fan_out), as a Flax
+kernel has. A leaf that is no matrix is refused by `init`.
 Semantics are Keller Jordan's, https://kellerjordan.github.io/posts/muon/; `optax.contrib.muon` corrects the bias of
 its momentum and is a different optimizer.
 """

@@ -4,6 +4,7 @@ Tables of coefficients are tuples of rows (a, b, c), one for each step: x -> a x
 """
 
 import itertools
+import math
 
 import torch
 
@@ -83,8 +84,9 @@ def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     What is squared are the entries over a power of two near the largest of them: an exact division.
     """
     largest = torch.amax(torch.abs(x), dim=(-2, -1), keepdim=True)
-    # Up to 2^100 either way, so that no reciprocal is subnormal; what is left of the range has room for squares.
-    scale = torch.ldexp(torch.ones_like(largest), torch.clamp(torch.frexp(largest)[1] - 1, -100, 100))
+    # 28 powers of two short of the largest number, so that no reciprocal is subnormal; what is left is for the squares.
+    most = round(math.log2(torch.finfo(x.dtype).max)) - 28
+    scale = torch.ldexp(torch.ones_like(largest), torch.clamp(torch.frexp(largest)[1] - 1, -most, most))
     x = x / scale
     return x / (torch.sqrt(torch.sum(x * x, dim=(-2, -1), keepdim=True)) + eps / scale)
 
