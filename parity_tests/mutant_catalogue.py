@@ -466,7 +466,7 @@ MUTANTS = (
         "if False:",
         MESHES,
     ),
-    Mutant("batches cut at the wrong place", BATCHES, "batch[taken : taken + count]", "batch[:count]", PARTS),
+    Mutant("batches cut at the wrong place", BATCHES, "batch[taken : taken + count]", "batch[:count]", MUON_TESTS),
     Mutant(
         "the decay is never cautious",
         ALIAS,
