@@ -52,6 +52,7 @@ ROWS = {
     "ours": Row("jax", "`jax_impl.muon.muon`", theirs=False),
     "ours-gram": Row("jax", "the same, `gram=True`", gram=True, theirs=False),
     "ours-batched": Row("jax", "the same as `ours`, `batched=True`, the default on accelerators", theirs=False),
+    "ours-default": Row("jax", "the same as `ours`, without compiler options", theirs=False),
     "optax": Row("jax", "`optax.contrib.muon` given float32, and so in float32", iterates_in="float32"),
     "optax-bfloat16": Row("jax", "`optax.contrib.muon`, weights and all in bfloat16", iterates_in="bfloat16"),
     "torch-ref": Row("torch", "`torch_ref.muon.Muon`", theirs=False),
@@ -315,6 +316,7 @@ def markdown(result: dict[str, Any]) -> str:
         for name in result["processes"]
         for dtype in DTYPES
     )
+    given = ", ".join(f"{name}={value}" for name, value in result["processes"]["jax"]["compiler_options"].items())
     loads = [result[f"load_average_{when}"][0] for when in ("before", "after")]
     foreign = [value for row in rows for value in row["foreign_cores"]]
     where = result["cpu"] if result["processes"]["jax"]["backend"] == "cpu" else result["processes"]["jax"]["device"]
@@ -328,7 +330,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"warm-up rounds {options['warmup']}. Others used {statistics.median(foreign):.2f} of the cores "
         f"in the median measurement, {max(foreign):.2f} at most; load average {loads[0]:.1f} before, {loads[1]:.1f} "
         f"after. Matrices: {shapes}{f'; all layers are {factor:.3g} times as much' if factor > 1 else ''}. "
-        f"Best square products, GFLOP/s: {rates}; floor = FLOPs / the better rate of the dtype.",
+        f"Best square products, GFLOP/s: {rates}; floor = FLOPs / the better rate of the dtype. "
+        f"Compiler options of the JAX rows, as in training: {given or 'none'}.",
         "",
         *table(
             {

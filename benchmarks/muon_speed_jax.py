@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,25 @@ def theirs(dtype: str) -> optax.GradientTransformation:
     return optax.contrib.muon(LEARNING_RATE, beta=BETA)
 
 
-ROWS: dict[str, tuple[Build, str]] = {
-    "ours": (lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype), "float32"),
-    "ours-gram": (lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype, gram=True), "float32"),
-    "ours-batched": (lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype, batched=True), "float32"),
-    "optax": (theirs, "float32"),
-    "optax-bfloat16": (theirs, "bfloat16"),
+class Row(NamedTuple):
+    """How one row is built."""
+
+    build: Build
+    """The optimizer by the Newton-Schulz dtype."""
+    given: str = "float32"
+    """Dtype of its weights and gradients."""
+    options: bool = True
+    """Whether it is compiled with the options of a training step on this machine."""
+
+
+ROWS = {
+    "ours": Row(lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype)),
+    "ours-gram": Row(lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype, gram=True)),
+    "ours-batched": Row(lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype, batched=True)),
+    "ours-default": Row(lambda dtype: muon(LEARNING_RATE, BETA, ns_dtype=dtype), options=False),
+    "optax": Row(theirs),
+    "optax-bfloat16": Row(theirs, given="bfloat16"),
 }
-"""Row -> its optimizer by the Newton-Schulz dtype, and the dtype of its weights and gradients."""
 
 
 class JaxRows:
@@ -47,6 +58,7 @@ class JaxRows:
         backend = machine().platform
         return {
             "framework": f"jax {jax.__version__}, optax {optax.__version__}",
+            "compiler_options": dict(machine().compiler_options),
             "backend": backend,
             "device": jax.devices()[0].device_kind,
             "threads": NOT_THERE if backend == "gpu" else str(xla_threads()),
@@ -58,21 +70,21 @@ class JaxRows:
     def prepare(self, row: str) -> None:
         if row in self.states:
             return
-        build, given = ROWS[row]
-        optimizer = build(self.dtype)
+        optimizer = ROWS[row].build(self.dtype)
+        options = dict(machine().compiler_options) if ROWS[row].options else None
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
         def update(state, gradients):
             weights, held = state
             changes, held = optimizer.update(gradients, held, weights)
             return optax.apply_updates(weights, changes), held
 
-        weights = jax.tree.map(lambda x: jnp.zeros_like(x, given), self.gradients)
+        weights = jax.tree.map(lambda x: jnp.zeros_like(x, ROWS[row].given), self.gradients)
         self.states[row] = jax.block_until_ready((weights, optimizer.init(weights)))
         self.updates[row] = update
 
     def update(self, row: str) -> None:
-        gradients = self.narrow if ROWS[row][1] == "bfloat16" else self.gradients
+        gradients = self.narrow if ROWS[row].given == "bfloat16" else self.gradients
         self.states[row] = jax.block_until_ready(self.updates[row](self.states[row], gradients))
 
     def weights(self, row: str) -> dict[str, np.ndarray]:
