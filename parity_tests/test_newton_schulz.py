@@ -1,5 +1,6 @@
 """Newton-Schulz of both twins against a float64 oracle, at the error that rounding must make."""
 
+import functools
 import re
 
 import jax
@@ -158,6 +159,19 @@ def test_a_tall_matrix_is_iterated_wide():
     flops = compiled.cost_analysis()["flops"]
     # Elementwise work is of order n m; a Gram matrix of the long side would cost ten times as much.
     assert 4 * n * n * m + 2 * n**3 <= flops <= 2 * (4 * n * n * m + 2 * n**3)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("shape", [(192, 64), (96, 96)], ids=str)
+def test_a_matrix_that_comes_transposed_is_written_out_first(shape, steps, gram):
+    """XLA:CPU hands a transpose on to the first product, if no loop is between, and has no bfloat16 kernel for it."""
+    function = functools.partial(jax_newton_schulz, coefficients=KELLER_JORDAN[:steps], gram=gram)
+    x_OI = matrix(shape)
+    turned = jax.jit(lambda x_IO: function(x_IO.mT))(jnp.asarray(x_OI.T, jnp.float32))
+    # Each of the two may be off by the allowance of five steps.
+    difference = relative_error(turned, function(jnp.asarray(x_OI, jnp.float32)))
+    assert difference <= 2 * allowance(x_OI, "bfloat16")
 
 
 def test_bfloat16_products_accumulate_in_float32_and_coefficients_stay_exact():

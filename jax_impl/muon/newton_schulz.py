@@ -90,6 +90,10 @@ def orthogonalize_via_newton_schulz(
     tall = x_OI.shape[-2] > x_OI.shape[-1]
     x = (x_OI.mT if tall else x_OI).astype(wide)
     x = normalize(x, eps).astype(dtype)
+    # Each matrix is flat behind the barrier, so that a transposed one is written out. Else, unless a loop's carry sees
+    # to it, X X^T is a product over the first axis, for which XLA:CPU has no bfloat16 kernel: jax 0.10 fails to run it.
+    flat = jax.lax.optimization_barrier(x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+    x = flat.reshape(x.shape)
     iterate = _iterate_gram if gram and gram_pays(x.shape[-2], x.shape[-1], len(coefficients)) else _iterate
     x = iterate(x, coefficients, rounds_gram)
     return x.mT if tall else x
