@@ -468,6 +468,27 @@ MUTANTS = (
     ),
     Mutant("batches cut at the wrong place", BATCHES, "batch[taken : taken + count]", "batch[:count]", MUON_TESTS),
     Mutant(
+        "attention's way out read as its way in",
+        MATRICES,
+        "    if axes == 3 and parent in _FROM_HEADS:\n        return FROM_HEADS",
+        "    if axes == 3 and parent in _FROM_HEADS:\n        return TO_HEADS",
+        "tests/test_muon_library.py",
+    ),
+    Mutant(
+        "the hybrid's rule does not reach its Muon",
+        ALIAS,
+        "told = optax.GradientTransformationExtraArgs(init_fn, update_fn)",
+        "told = inner",
+        "tests/test_muon_behaviour.py",
+    ),
+    Mutant(
+        "Newton-Schulz at every micro-step",
+        ALIAS,
+        "return jax.lax.cond(is_applied, run, wait)",
+        "return jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), run(), wait())",
+        "tests/test_muon_behaviour.py",
+    ),
+    Mutant(
         "the decay is never cautious",
         ALIAS,
         "if cautious else optax.add_decayed_weights",
