@@ -48,7 +48,7 @@ class TrainingConfig:
     """The model and all of the recipe that has no flag here; dropout is off."""
     optimizers: str = ",".join(OPTIMIZERS)
     """Comma-separated; muon must be among them, for the others are measured against it."""
-    steps: int = 150
+    steps: int = 100
     """Updates of a run, and of plain Muon's in the comparison at equal time."""
     batch_size: int = 4
     """Sequences of an update."""
@@ -374,8 +374,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{first['cpu']}; {versions}; commit {commits}; {first['date']}.",
         f"{first['parameters']['total']:,} parameters, {first['parameters']['muon']:,} of them in matrices; "
         f"{options.compute}, Newton-Schulz {options.newton_schulz}. {first['training_tokens']:,} tokens to train on, "
-        f"of which a run sees {options.steps * options.batch_size * options.sequence_length:,}. Losses are nats per token "
-        f"on the same {first['held_out_tokens']:,} held-out tokens (on all of them: {baselines}). {trials} rates each "
+        f"of which a run sees {options.steps * options.batch_size * options.sequence_length:,}. Losses are nats per "
+        f"token on the same {first['held_out_tokens']:,} held-out tokens (on all of them: {baselines}). {trials} rates each "
         f"on seed {options.tuning_seed}, the best on seeds {', '.join(map(str, seeds))}; what is not a matrix has the "
         f"rate {first['other_rate']:g}, except under AdamW alone. Mean (min to max) over the seeds; differences are "
         f"between runs of one seed. Time: median (quartiles) of {options.rounds} rounds.",
