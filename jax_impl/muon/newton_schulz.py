@@ -133,6 +133,9 @@ def _iterate_gram(x: jax.Array, coefficients: Coefficients, rounds_gram: bool) -
     put into A's null directions; making X and A anew stops it.
     """
     gram_of, multiply, add = _products(x.dtype, rounds_gram)
+    # Else jaxlib 0.10.2's XLA:CPU reads the transpose of a tall Flax kernel in place, a layout in which it has no
+    # bfloat16 product, and fails with "Unsupported element type for DotThunk".
+    x = jax.lax.optimization_barrier(x)
     rows = iter(coefficients)
     for length in _segments(len(coefficients)):
         gram, q = gram_of(x), jnp.eye(x.shape[-2], dtype=x.dtype)
