@@ -30,14 +30,17 @@ from recipe.reading import short
 if TYPE_CHECKING:  # it imports JAX, for which --help and a refusal do not wait
     from benchmarks.muon_variants import Trial
 
-OPTIMIZERS = ("adamw", "adamw_fast", "muon", "gram", "polar_express", "normuon", "decay", "cautious", "moonlight")
+OPTIMIZERS = (
+    *("adamw", "adamw_fast", "adamw_apart"),
+    *("muon", "gram", "polar_express", "normuon", "decay", "cautious", "moonlight"),
+)
 UPDATES_PER_ROUND = 2
 ONCE_IN = 20
 """The loss of training is kept of every so many updates."""
 SMALLEST_DIFFERENCE = 0.01
 """Of the time per update; a smaller one gives no run of its own."""
-COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#7f7f7f", "#999933", "#000000")
-MARKS = "osD^vPX*d"
+COLOURS = ("#0072b2", "#56b4e9", "#004466", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#7f7f7f", "#999933", "#000000")
+MARKS = "osp^vPX*dD"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TrainingConfig:
     muon_rates: str = "0.01,0.02,0.04,0.08"
     """Comma-separated: rates of the matrices that each variant of Muon tries, Moonlight times 0.36 for its scale."""
     adamw_rates: str = "0.001,0.002,0.004,0.008"
-    """Comma-separated, as many: rates of everything that AdamW tries."""
+    """Comma-separated, as many: rates of everything that AdamW tries (of the matrices alone in adamw_apart)."""
     tuning_seed: int = 0
     """Seed of the tuning's runs."""
     seeds: str = "1,2,3"
@@ -377,7 +380,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"of which a run sees {options.steps * options.batch_size * options.sequence_length:,}. Losses are nats per "
         f"token on the same {first['held_out_tokens']:,} held-out tokens (on all of them: {baselines}). {trials} rates "
         f"each on seed {options.tuning_seed}, the best on seeds {', '.join(map(str, seeds))}; what is not a matrix has "
-        f"the rate {first['other_rate']:g}, except under AdamW alone. Mean (min to max) over the seeds; differences "
+        f"the rate {first['other_rate']:g}, except under AdamW on everything. Mean (min to max) over the seeds; differences "
         f"are between runs of one seed. Time: median (quartiles) of {options.rounds} rounds.",
         "",
         *table(

@@ -36,6 +36,8 @@ class Variant(NamedTuple):
     """Fields of the preset's `AdamWConfig` to change, where AdamW has the matrices too."""
     muon: Mapping[str, Any] | None = None
     """Arguments of `jax_impl.muon.muon`, where Muon has them."""
+    apart: bool = False
+    """Whether all but the matrices keeps the preset's rate under AdamW too, as it does under Muon."""
     times: float = 1.0
     """Its grid is that of its kind (--muon_rates or --adamw_rates) times this."""
 
@@ -43,6 +45,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "adamw": Variant("AdamW on everything", adamw={}),
     "adamw_fast": Variant("AdamW on everything, beta2 0.95", adamw={"beta2": 0.95}),
+    "adamw_apart": Variant("AdamW, not matrices at the preset's rate", adamw={}, apart=True),
     "muon": Variant("Muon as the library has it", muon={}),
     "gram": Variant("Muon, Gram form", muon={"gram": True}),
     "polar_express": Variant("Muon, Polar Express", muon={"coefficients": POLAR_EXPRESS}),
@@ -78,21 +81,16 @@ def make_optimizer(
             optax.scale_by_learning_rate(rate),
         )
 
+    matrices = functools.partial(qwen_matrices, model=config.model)
     if variant.muon is None:
         changed = AdamWConfig(**(vars(config.adamw) | dict(variant.adamw or {})))
-        return adamw(changed, rate, {"matrix", "embedding", "head"})
-    matrices = functools.partial(qwen_matrices, model=config.model)
-    return muon_or(
-        matrices,
-        muon(
-            rate,
-            matrices=matrices,
-            ns_dtype=config.precision.newton_schulz,
-            batched=machine().batched_matrices,
-            **variant.muon,
-        ),
-        adamw(config.adamw, other_rate, {"embedding", "head"}),
-    )
+        if not variant.apart:
+            return adamw(changed, rate, {"matrix", "embedding", "head"})
+        own = adamw(changed, rate, {"matrix"})
+    else:
+        options = dict(ns_dtype=config.precision.newton_schulz, batched=machine().batched_matrices, **variant.muon)
+        own = muon(rate, matrices=matrices, **options)
+    return muon_or(matrices, own, adamw(config.adamw, other_rate, {"embedding", "head"}))
 
 
 class State(NamedTuple):
