@@ -380,8 +380,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"of which a run sees {options.steps * options.batch_size * options.sequence_length:,}. Losses are nats per "
         f"token on the same {first['held_out_tokens']:,} held-out tokens (on all of them: {baselines}). {trials} rates "
         f"each on seed {options.tuning_seed}, the best on seeds {', '.join(map(str, seeds))}; what is not a matrix has "
-        f"the rate {first['other_rate']:g}, except under AdamW on everything. Mean (min to max) over the seeds; differences "
-        f"are between runs of one seed. Time: median (quartiles) of {options.rounds} rounds.",
+        f"the rate {first['other_rate']:g}, except under AdamW on everything. Mean (min to max) over the seeds; "
+        f"differences are between runs of one seed. Time: median (quartiles) of {options.rounds} rounds.",
         "",
         *table(
             {
