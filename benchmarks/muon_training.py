@@ -395,46 +395,53 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
-    """Left a dot per optimizer and seed, at equal updates and at equal time; right the tuning: loss over rate."""
+    """A dot per optimizer and seed: the losses, and what sets Muon's variants apart; then the tuning, loss over rate."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from benchmarks.muon_variants import VARIANTS
+    from benchmarks.muon_variants import VARIANTS, is_muon
 
     options, first = rows[0]["options"], rows[0]["sessions"][0]
-    figure = Figure(figsize=(12, 1.8 + 0.42 * len(rows)), layout="constrained")
-    dots, curves = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(13, 1.8 + 0.4 * len(rows)), layout="constrained")
+    dots, apart, curves = figure.subplots(1, 3, width_ratios=(3, 2, 3))
+
+    def draw(axes, values: Sequence[float], place: float, colour: str, **style: Any) -> None:
+        axes.plot(values, [place] * len(values), "o", color=colour, markersize=5, **style)
+        axes.plot([statistics.fmean(values)] * 2, [place - 0.2, place + 0.2], color=colour, linewidth=1.5)
+
     for position, row in enumerate(rows):
-        colour = COLOURS[OPTIMIZERS.index(row["optimizer"])]
-        losses = row["equal_updates"]
-        dots.plot(losses, [position - 0.12] * len(losses), "o", color=colour, markersize=6)
-        dots.plot([statistics.fmean(losses)] * 2, [position - 0.3, position + 0.06], color=colour, linewidth=1.5)
+        name = row["optimizer"]
+        colour, mark = COLOURS[OPTIMIZERS.index(name)], MARKS[OPTIMIZERS.index(name)]
+        draw(dots, row["equal_updates"], position - 0.15, colour)
         if row["updates"] != options.steps:
-            in_time = row["equal_time"]
-            hollow = {"color": colour, "markerfacecolor": "white", "markersize": 6}
-            dots.plot(in_time, [position + 0.22] * len(in_time), "o", **hollow)
-            dots.plot([statistics.fmean(in_time)] * 2, [position + 0.06, position + 0.4], color=colour, linewidth=1.5)
-        best = row["rate"]
-        points = [(rate / best, loss) for rate, loss in row["grid"] if math.isfinite(loss)]
-        mark = {"marker": MARKS[OPTIMIZERS.index(row["optimizer"])], "markersize": 4, "linewidth": 1, "color": colour}
-        curves.plot(*zip(*points, strict=True), **mark, label=row["optimizer"])
+            draw(dots, row["equal_time"], position + 0.25, colour, markerfacecolor="white")
+        if is_muon(name):
+            differences = [own - muon for own, muon in zip(row["equal_updates"], row["baseline"], strict=True)]
+            draw(apart, differences, position - 0.15, colour)
+        points = [(rate / row["rate"], loss) for rate, loss in row["grid"] if math.isfinite(loss)]
+        curves.plot(*zip(*points, strict=True), marker=mark, markersize=4, linewidth=1, color=colour, label=name)
     dots.set_yticks(range(len(rows)), [VARIANTS[row["optimizer"]].says for row in rows])
-    dots.invert_yaxis()
-    dots.set(xlabel="held-out loss (nats per token)", title="Three seeds" if len(losses) == 3 else "Seeds")
+    apart.set_yticks(range(len(rows)), [""] * len(rows))
+    for axes in (dots, apart):
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    dots.set(xlabel="held-out loss (nats per token)", title=f"Seeds {options.seeds}")
+    apart.set(xlabel="minus Muon's of the same seed", title=f"Variants of Muon, {options.steps} updates")
     dots.plot([], [], "o", color="0.4", label=f"{options.steps} updates")
     dots.plot([], [], "o", color="0.4", markerfacecolor="white", label=f"in the time of Muon's {options.steps}")
-    dots.legend(fontsize="small", framealpha=0.9)
+    dots.legend(fontsize="x-small", framealpha=0.9)
     curves.set_xscale("log", base=2)
     multiples = sorted({round(math.log2(rate / row["rate"])) for row in rows for rate, _ in row["grid"]})
     curves.set_xticks([2.0**power for power in multiples], [f"{2.0**power:g}" for power in multiples])
     curves.xaxis.set_minor_locator(NullLocator())
-    curves.set(xlabel="rate over the optimizer's best", title=f"Tuning, seed {options.tuning_seed}")
-    curves.legend(fontsize="x-small", framealpha=0.9)
-    for axes in (dots, curves):
+    curves.set(
+        xlabel="rate over the optimizer's best", ylabel="held-out loss", title=f"Tuning, seed {options.tuning_seed}"
+    )
+    curves.legend(fontsize="x-small", framealpha=0.9, ncols=2)
+    for axes in (dots, apart, curves):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(report.heading([first], lambda session: session["cpu"]), fontsize=9)
-    figure.savefig(png, dpi=150)
+    figure.savefig(png, dpi=110)
 
 
 def main(argv: list[str]) -> None:
