@@ -395,7 +395,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
-    """A dot per optimizer and seed: the losses, and what sets Muon's variants apart; then the tuning, loss over rate."""
+    """A dot per optimizer and seed: losses, what sets the variants of Muon apart; then the tuning, loss over rate."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
