@@ -345,7 +345,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
     options, first = rows[0]["options"], rows[0]["sessions"][0]
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
-    commits = ", ".join(dict.fromkeys(str(session["git_commit"]) for session in rows[0]["sessions"]))
+    commits = ", ".join(dict.fromkeys(str(session["git_commit"])[:12] for session in rows[0]["sessions"]))
+    cpus = "; ".join(dict.fromkeys(session["cpu"] for session in rows[0]["sessions"]))
     seeds = _numbers(options.seeds, int)
     trials = len(rows[0]["grid"])
     lines = []
@@ -374,7 +375,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"`{rows[0]['sessions'][-1]['command']}`",
         "",
-        f"{first['cpu']}; {versions}; commit {commits}; {first['date']}.",
+        f"{cpus}; {versions}; commit {commits}; {first['date']}.",
         f"{first['parameters']['total']:,} parameters, {first['parameters']['muon']:,} of them in matrices; "
         f"{options.compute}, Newton-Schulz {options.newton_schulz}. {first['training_tokens']:,} tokens to train on, "
         f"of which a run sees {options.steps * options.batch_size * options.sequence_length:,}. Losses are nats per "
@@ -395,14 +396,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], png: Path) -> None:
-    """A dot per optimizer and seed: losses, what sets the variants of Muon apart; then the tuning, loss over rate."""
+    """A dot per optimizer and seed: losses, what sets Muon's variants apart; then the tuning, loss over rate."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     from benchmarks.muon_variants import VARIANTS, is_muon
 
-    options, first = rows[0]["options"], rows[0]["sessions"][0]
-    figure = Figure(figsize=(13, 1.8 + 0.4 * len(rows)), layout="constrained")
+    options = rows[0]["options"]
+    figure = Figure(figsize=(14, 1.8 + 0.4 * len(rows)), layout="constrained")
     dots, apart, curves = figure.subplots(1, 3, width_ratios=(3, 2, 3))
 
     def draw(axes, values: Sequence[float], place: float, colour: str, **style: Any) -> None:
@@ -428,7 +429,7 @@ def plot(rows: list[dict[str, Any]], png: Path) -> None:
     apart.set(xlabel="minus Muon's of the same seed", title=f"Variants of Muon, {options.steps} updates")
     dots.plot([], [], "o", color="0.4", label=f"{options.steps} updates")
     dots.plot([], [], "o", color="0.4", markerfacecolor="white", label=f"in the time of Muon's {options.steps}")
-    dots.legend(fontsize="x-small", framealpha=0.9)
+    dots.legend(fontsize="x-small", framealpha=0.9, loc="lower right")
     curves.set_xscale("log", base=2)
     multiples = sorted({round(math.log2(rate / row["rate"])) for row in rows for rate, _ in row["grid"]})
     curves.set_xticks([2.0**power for power in multiples], [f"{2.0**power:g}" for power in multiples])
@@ -436,12 +437,12 @@ def plot(rows: list[dict[str, Any]], png: Path) -> None:
     curves.set(
         xlabel="rate over the optimizer's best", ylabel="held-out loss", title=f"Tuning, seed {options.tuning_seed}"
     )
-    curves.legend(fontsize="x-small", framealpha=0.9, ncols=2)
+    curves.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axes in (dots, apart, curves):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report.heading([first], lambda session: session["cpu"]), fontsize=9)
-    figure.savefig(png, dpi=110)
+    figure.suptitle(report.heading(rows[0]["sessions"], lambda session: session["cpu"]), fontsize=9)
+    figure.savefig(png, dpi=80)
 
 
 def main(argv: list[str]) -> None:
