@@ -19,7 +19,7 @@ from recipe.params import init_params
 
 MODEL = ModelConfig(vocab_size=300, hidden_size=18, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
                     num_key_value_heads=1, head_dim=8)  # fmt: skip
-SQUARE, LONG, TALL = (f"model.layers.0.{name}_proj.kernel" for name in ("self_attn.q", "mlp.gate", "mlp.down"))
+SQUARE, TALL = "model.layers.0.self_attn.q_proj.kernel", "model.layers.0.mlp.down_proj.kernel"
 SIZES = ["--steps", "5", "--batch_size", "2", "--sequence_length", "16", "--validation_tokens", "64", "--rounds", "3"]
 GRID = ["--muon_rates", "0.01,0.02", "--adamw_rates", "0.001,0.002", "--seeds", "1,2", "--compute", "float32"]
 
@@ -75,9 +75,9 @@ def test_what_is_finished_is_not_run_again(finished, monkeypatch, capsys):
 
 
 def some_leaves(seed: int) -> dict[str, jax.Array]:
-    """A leaf of each kind: matrices nearly square and long, an embedding, a norm; few compile faster."""
+    """A leaf of each kind: matrices nearly square and tall, an embedding, a norm; few compile faster."""
     whole = from_hf(init_params(MODEL, seed), MODEL, RunConfig().precision)
-    return {path: whole[path] for path in (SQUARE, LONG, TALL, "model.embed_tokens.weight", "model.norm.weight")}
+    return {path: whole[path] for path in (SQUARE, TALL, "model.embed_tokens.weight", "model.norm.weight")}
 
 
 @functools.cache
@@ -103,8 +103,8 @@ def test_every_variant_steps_and_is_another(name):
     if name in ("adamw", "adamw_fast"):
         assert changed == plain.keys()
     else:
-        # The rest of the model has the same AdamW; only long matrices take the Gram form.
-        assert changed == {"muon": set(), "gram": {LONG, TALL}}.get(name, {SQUARE, LONG, TALL})
+        # The rest of the model has the same AdamW; only the long matrix takes the Gram form.
+        assert changed == {"muon": set(), "gram": {TALL}}.get(name, {SQUARE, TALL})
 
 
 def test_plain_muon_is_the_projects_own_update():
