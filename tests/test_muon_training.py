@@ -14,7 +14,9 @@ from benchmarks.muon_variants import VARIANTS, make_optimizer
 from harness import cli
 from jax_impl.hybrid import muon_with_adamw
 from jax_impl.weights import from_hf
+from parity_tests.compare.tolerance import SAFETY, check
 from recipe.config import ModelConfig, MuonConfig, RunConfig
+from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import init_params
 
 MODEL = ModelConfig(vocab_size=300, hidden_size=18, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
@@ -114,7 +116,7 @@ def test_plain_muon_is_the_projects_own_update():
     theirs, mine = (jax.jit(lambda g, p, o=o: o.update(g, o.init(p), p)[0])(grads, params) for o in (own, ours))
     for path, update in theirs.items():
         # The rates are multiplied in another order: a rounding or two.
-        np.testing.assert_allclose(mine[path], update, rtol=4 * np.finfo(np.float32).eps, err_msg=path)
+        check(path, np.asarray(mine[path]), np.asarray(update), 2 * SAFETY * UNIT_ROUNDOFF["float32"])
 
 
 def test_time_by_hand():
