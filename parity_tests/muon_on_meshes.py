@@ -250,7 +250,7 @@ def main(folder: Path) -> None:
     of_a_type: list = []
     jax.jit(lambda x: of_a_type.append(sharding_of(x)) or x)(stack)
     cases["Auto mode"] = {"of a type": str(of_a_type[0]), "of its array": str(sharding_of(stack).spec)}
-    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
 
 
 if __name__ == "__main__":

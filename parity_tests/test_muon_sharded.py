@@ -59,7 +59,7 @@ def runs(tmp_path_factory) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     said = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
-    return {"facts": json.loads((folder / "cases.json").read_text()), "folder": folder, "said": said}
+    return {"facts": json.loads((folder / "cases.json").read_text(encoding="utf-8")), "folder": folder, "said": said}
 
 
 @functools.cache

@@ -192,7 +192,9 @@ def build_together(config, barrier, answers):
 
 def test_builders_of_one_entry_do_not_disturb_each_other(config, tmp_path):
     """Three processes at once, 25 times, from nothing and from a damaged entry; before, some 2 % of them failed."""
-    context = multiprocessing.get_context("fork")
+    # From a process of their own: this one may hold JAX's threads, which a fork does not carry over.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_data"])
     expected = load(changed(config, cache_dir=str(tmp_path / "other"))).fingerprint
     for turn in range(25):
         cache = tmp_path / f"cache{turn}"

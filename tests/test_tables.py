@@ -1,15 +1,19 @@
 """The one Markdown table and the one picture of bars that all benchmarks use, and the tables that are committed."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import generation, gpu, input_pipeline, report
+from benchmarks import generation, gpu, input_pipeline, muon_training, report
 from benchmarks.tables import Bar, bars, ranged, table
+from harness.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
+TRAINING = [file for file in RESULTS if file.stem.startswith("muon-training")]
 
 
 def test_a_table_is_markdown():
@@ -55,7 +59,22 @@ def test_bars_may_share_a_scale_or_have_a_logarithmic_one(tmp_path, monkeypatch)
     assert small.get_xscale() == large.get_xscale() == "log" and small.get_xlim()[0] < 3.0
 
 
-@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", TRAINING, ids=lambda path: path.stem)
+def test_a_committed_comparison_of_optimizers_is_what_its_rows_say(file, tmp_path, monkeypatch):
+    """The command that made it finds every run in the file, trains nothing and writes the same table."""
+    rows = tmp_path / file.name
+    shutil.copyfile(file, rows)
+    sessions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if '"session"' in line]
+    argv = shlex.split(sessions[-1]["command"])[3:]
+    argv[argv.index("--out") + 1] = str(rows.with_suffix(""))
+    options = parse(muon_training.TrainingConfig, argv, prog="benchmarks.muon_training", description="")
+    monkeypatch.setattr(muon_training.Bench, "trial", lambda self, name: pytest.fail(f"{name} is not finished"))
+    table = muon_training.markdown(muon_training.benchmark(options))
+    assert table == file.with_suffix(".md").read_text(encoding="utf-8")
+    assert rows.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("file", [file for file in RESULTS if file not in TRAINING], ids=lambda path: path.stem)
 def test_a_committed_table_is_what_its_rows_say(file):
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     program = rows[0]["command"].split()[2].removeprefix("benchmarks.")
