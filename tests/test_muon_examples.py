@@ -1,5 +1,6 @@
 """The scripts of docs/examples: each runs as a stranger would run it, explains its leaves, and learns."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,8 @@ def test_there_is_one_for_each_library():
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_runs_and_learns(file):
-    command = [sys.executable, "-W", "error", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    command, environment = [sys.executable, "-W", "error", str(file)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     takers = {line.split()[0]: ("muon" if " muon " in line else "other") for line in lines if "(" in line}
