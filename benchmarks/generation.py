@@ -5,7 +5,6 @@ it asks the workers in turn and reverses the order every round, so that noise an
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from benchmarks import job, machine, report
 from benchmarks.tables import Bar, bars, ranged, table
-from benchmarks.throughput import ROOT, Meter, Worker
+from benchmarks.throughput import Meter, Worker, launch
 from harness.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
 from recipe.params import param_counts
@@ -90,19 +89,7 @@ class GenerationWorker(Worker):
         # Cold compilation, and memory taken as needed: two frameworks may share one GPU.
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.generation_worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
-        finally:
-            os.sched_setaffinity(0, before)
+        self.process = launch("benchmarks.generation_worker", environment, cpus)
         self.send({"mode": mode, "config": to_dict(config), "new_tokens": new_tokens})
 
 

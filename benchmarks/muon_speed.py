@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ import numpy as np
 from benchmarks import machine, report
 from benchmarks.muon_speed_worker import DTYPES, STEPS, Shapes
 from benchmarks.tables import ranged, table
-from benchmarks.throughput import ROOT, Meter, Worker
+from benchmarks.throughput import Meter, Worker, launch
 from harness.cli import parse, run
 from recipe.config import require
 from recipe.params import param_specs
@@ -30,6 +29,7 @@ from recipe.presets import get_preset
 
 PROCESSES = {"jax": "benchmarks.muon_speed_jax", "torch": "benchmarks.muon_speed_torch"}
 BASELINE = "ours"
+ENDINGS = (".json", ".md")
 GRAM_SEGMENTS = (2, 1, 2)
 """Steps between the Gram form's restarts, five in all."""
 ALLOWED = 0.15
@@ -140,19 +140,7 @@ class _Process(Worker):
         self.mode = framework
         # Memory taken as needed: two frameworks may share one GPU.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)  # inherited by the child, whose framework sizes its thread pools by it
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", PROCESSES[framework]],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
-        finally:
-            os.sched_setaffinity(0, before)
+        self.process = launch(PROCESSES[framework], environment, cpus)
         self.send(job)
 
 
@@ -170,7 +158,7 @@ def benchmark(options: MuonSpeedConfig) -> dict[str, Any]:
     """Run the benchmark: the circumstances, and under `rows` one record per row."""
     require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
     shapes = matrices(options.preset, options.layers)
-    _check_free(options.out)
+    report.check_free(options.out, ENDINGS)
     cores = machine.physical_cores()
     require(options.threads <= len(cores), f"--threads {options.threads} exceeds the {len(cores)} cores; lower it.")
     cpus = cores[: options.threads or len(cores)]
@@ -368,16 +356,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _files(out: str) -> list[Path]:
-    return [Path(f"{out}.json"), Path(f"{out}.md")] if out else []
-
-
-def _check_free(out: str) -> None:
-    for path in _files(out):
-        if path.exists():
-            raise FileExistsError(f"{path} exists, and results are never overwritten; choose another --out.")
-
-
 def main(argv: list[str]) -> None:
     """Parse, measure, print the table and write the results."""
     describe = "Time one update of Muon: ours, optax's, torch's, dion's batched form and the notebook's loop."
@@ -385,9 +363,9 @@ def main(argv: list[str]) -> None:
     result = benchmark(options)
     print()
     print(markdown(result))
-    for path, content in zip(
-        _files(options.out), (json.dumps(result, allow_nan=False), markdown(result)), strict=False
-    ):
+    contents = json.dumps(result, allow_nan=False), markdown(result)
+    for ending, content in zip(ENDINGS, contents, strict=True) if options.out else ():
+        path = Path(f"{options.out}{ending}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
         print(f"wrote {path}")

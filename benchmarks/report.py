@@ -61,13 +61,16 @@ def summarise(
     }
 
 
-def _files(out: str) -> list[Path]:
-    return [Path(f"{out}{ending}") for ending in (".jsonl", ".md", ".png", "-scaling.png")]
+ENDINGS = (".jsonl", ".md", ".png", "-scaling.png")
 
 
-def check_free(out: str) -> None:
+def _files(out: str, endings: Sequence[str] = ENDINGS) -> list[Path]:
+    return [Path(f"{out}{ending}") for ending in endings]
+
+
+def check_free(out: str, endings: Sequence[str] = ENDINGS) -> None:
     """Raise FileExistsError if results of this name exist."""
-    for path in _files(out) if out else []:
+    for path in _files(out, endings) if out else []:
         if path.exists():
             raise FileExistsError(f"{path} exists, and results are never overwritten; choose another --out.")
 

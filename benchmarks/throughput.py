@@ -159,6 +159,23 @@ class ThroughputConfig:
         return [(batch, length) for length in lengths for batch in batches]
 
 
+def launch(module: str, environment: dict[str, str], cpus: list[int]) -> subprocess.Popen:
+    """`python -m module` on these cores, asked and answered a line at a time."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Worker:
     """A worker process, its pipe, the CPUs it is pinned to, and its compilation cache."""
 
@@ -180,20 +197,8 @@ class Worker:
             for name, value in environment.items()
             if name.startswith(FLAG_PREFIXES)
         }
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
         launched = time.perf_counter()
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", MODES[mode]],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
-        finally:
-            os.sched_setaffinity(0, before)
+        self.process = launch(MODES[mode], environment, cpus)
         self.send({"mode": mode, "config": to_dict(config), "launched": launched})
 
     def send(self, message: dict) -> None:

@@ -11,6 +11,7 @@ SKIPPED = f"{UPDATE}::test_after_a_skipped_update_masks_go_on_and_schedule_and_m
 BLOCKS = f"{UPDATE}::test_masks_of_two_blocks_of_queries"
 EVALUATED = f"{UPDATE}::test_an_evaluation_is_the_mean_over_tokens"
 HYBRID, NS = "parity_tests/test_hybrid.py", "parity_tests/test_newton_schulz.py"
+PARTS = "parity_tests/test_muon_parts.py"
 GENERATION = "parity_tests/test_generation.py"
 FIELDS = "parity_tests/test_fields.py"
 PRESETS, CAUSES, LOG = "tests/test_presets.py", "tests/test_data_causes.py", "tests/test_log_pinned.py"
@@ -135,6 +136,40 @@ BOTH = (
         "weight_decay=muon_config.weight_decay,",
         "weight_decay=0.0,",
         ONE,
+    ),
+    both(
+        "RMS by the shorter side in both",
+        "muon.transforms",
+        "rms * max(fan_in, fan_out) ** 0.5",
+        "rms * min(fan_in, fan_out) ** 0.5",
+        PARTS,
+    ),
+    both(
+        "NorMuon without its root",
+        "muon.transforms",
+        "(jnp.sqrt(nu) + eps)",
+        "(nu + eps)",
+        PARTS,
+        ("(torch.sqrt(nu_O1) + eps)", "(nu_O1 + eps)"),
+    ),
+    both(
+        "cautious decay the other way round",
+        "muon.transforms",
+        ".astype(update.dtype) >= 0",
+        ".astype(update.dtype) <= 0",
+        PARTS,
+        ("* torch.sign(weight) >= 0", "* torch.sign(weight) <= 0"),
+    ),
+    both("a mistyped row of Polar Express in both", "muon.newton_schulz", "3.3184196573706", "3.3148196573706", PARTS),
+    both("one restart of the Gram form", "muon.newton_schulz", "GRAM_RESTARTS = (2, 3)", "GRAM_RESTARTS = (2,)", NS),
+    both("eps is scaled with the gradient", "muon.newton_schulz", "+ eps / scale)", "+ eps)", NS),
+    both(
+        "QK-clip takes the root twice",
+        "muon.transforms",
+        "** found.power, size",
+        "** (found.power / 2), size",
+        PARTS,
+        ("max=1.0) ** power", "max=1.0) ** (power / 2)"),
     ),
     both(
         "AdamW's beta2 is its beta1",

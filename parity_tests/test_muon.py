@@ -201,19 +201,21 @@ def test_matrices_that_are_alike_share_one_call_where_batches_are_fast(batches, 
     assert sorted(taken["jax"]) == sorted(taken["torch"])
 
 
-def test_batches_are_for_gpus(monkeypatch):
-    """The machine's record says what `orthogonalize` would choose by itself; torch's looks at the tensors."""
+@pytest.mark.parametrize(("platform", "device"), [("cpu", "cpu"), ("cuda", "meta"), ("tpu", "meta")])
+def test_batches_are_for_accelerators(platform, device, monkeypatch):
+    """Left alone, JAX's program is that of the platform it is compiled for; torch looks at the tensors' device."""
+    x = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 4))}
+    program = jax.jit(jax_impl.muon.orthogonalize).trace(x).lower(lowering_platforms=(platform,)).as_text()
     taken = []
-    for module in (jax_impl.muon.batches, torch_ref.muon.batches):
-        monkeypatch.setattr(module, "_in_batches", lambda stacks, options: taken.append("batched") or stacks)
-        monkeypatch.setattr(module, "_one_by_one", lambda stacks, options: taken.append("one by one") or stacks)
-    for backend, device in (("cpu", "cpu"), ("gpu", "meta")):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        batched = jax_impl.backend.machine().batched_matrices
-        jax_impl.muon.orthogonalize({"a": jnp.ones((4, 6))})
-        torch_ref.muon.orthogonalize([torch.ones(4, 6, device=device)])
-        assert taken == ["batched" if batched else "one by one"] * 2
-        taken.clear()
+    for name in ("_in_batches", "_one_by_one"):
+        monkeypatch.setattr(
+            torch_ref.muon.batches, name, lambda stacks, options, name=name: taken.append(name) or stacks
+        )
+    torch_ref.muon.orthogonalize([torch.ones(4, 6, device=device)])
+    batched = platform != "cpu"
+    assert ("tensor<2x4x6xf32>" in program) == batched and taken == ["_in_batches" if batched else "_one_by_one"]
+    record = jax_impl.backend.MACHINES.get("gpu" if batched else "cpu")
+    assert record.batched_matrices == batched, "what the hybrid says is what would be done without it"
 
 
 def test_it_behaves_as_an_optax_transformation():

@@ -33,7 +33,7 @@ def orthogonalize(
     matrices: which axes of a leaf are inputs and outputs; without it a leaf of two axes is (fan_in, fan_out). A leaf
         that is no matrix raises a ValueError.
     batched: True lets matrices that are alike when laid wide share one batched product, as accelerators like it; False
-        gives each its own, which is faster on a CPU. None: batched unless JAX's default backend is a CPU.
+        gives each its own, which is faster on a CPU. None: batched unless the program is compiled for a CPU.
     shardings: where the leaves lie on a mesh, as `shardings_of(params)` gives it: each matrix is then orthogonalised
         whole on one device, for two all-to-alls (`sharded.py`). Not needed outside `jax.jit` nor in explicit mode,
         where arrays and types say it; inside jit in Auto mode, XLA communicates in every iteration without it.
@@ -44,8 +44,12 @@ def orthogonalize(
 
     def orthogonalize_stacks(stacks: list[jax.Array]) -> list[jax.Array]:
         options = dict(coefficients=checked(coefficients), eps=eps, dtype=dtype, gram=gram)
-        in_batches = jax.default_backend() != "cpu" if batched is None else batched
-        return _in_batches(stacks, options) if in_batches else _one_by_one(stacks, options)
+        if batched is not None:
+            return _in_batches(stacks, options) if batched else _one_by_one(stacks, options)
+        # Of the two only the one for the platform that the program is compiled for becomes a part of it.
+        return jax.lax.platform_dependent(
+            stacks, cpu=lambda stacks: _one_by_one(stacks, options), default=lambda stacks: _in_batches(stacks, options)
+        )
 
     told = shardings or (lambda _, leaf: sharding_of(leaf))
     lie = [told(path_of(keys), leaf) for keys, leaf in paths]
