@@ -3,6 +3,8 @@
 `limit` grows with what each part does to an error; nothing in it is tuned.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,35 @@ def test_optax_takes_the_tables_to_the_same_update(name):
         updates, _ = ours.update(grads, ours.init(params))
     for shape, grad in gradients()[0].items():
         check(shape, updates[shape], expected[shape], 2 * allowance(grad, "float64", coefficients=rows))
+
+
+@pytest.mark.parametrize("name", ["KELLER_JORDAN", "POLAR_EXPRESS", "POLAR_EXPRESS_DION", "YOU", "CONVERGENT"])
+def test_the_guide_has_the_bands(name):
+    """Where a table takes singular values from 0.01 to 1 of the norm, and its slope at zero."""
+    values, slope = np.geomspace(0.01, 1.0, 200_001), 1.0
+    for a, b, c in getattr(jax_impl.muon, name):
+        values, slope = a * values + b * values**3 + c * values**5, slope * a
+    guide = " ".join((Path(__file__).parents[1] / "docs/muon.md").read_text(encoding="utf-8").split())
+    assert f" {values.min():.2f} to {values.max():.2f} ({slope:.0f})" in guide
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (96, 192), (96, 384)], ids=str)
+def test_the_root_mean_square_is_as_the_docstring_has_it(shape):
+    """After Jordan's five steps on a Gaussian matrix, with Moonlight's scale of 0.2."""
+    update = newton_schulz(np.random.default_rng(0).standard_normal(shape))
+    assert 0.17 <= round(0.2 * max(shape) ** 0.5 * float(np.sqrt(np.mean(update**2))), 2) <= 0.20
+
+
+def test_an_average_in_bfloat16_stands_off_its_fixed_point():
+    grads = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((24, 32)), jnp.bfloat16)}
+    off = {}
+    for dtype in ("bfloat16", None):
+        transformation = jax_impl.muon.scale_by_muon(mu_dtype=dtype, coefficients=KELLER_JORDAN[:1])
+        state, update = transformation.init(grads), jax.jit(transformation.update)
+        for _ in range(400):
+            _, state = update(grads, state)
+        off[dtype] = relative_error(np.asarray(state.mu["w"], np.float64), np.asarray(grads["w"], np.float64))
+    assert f"{off['bfloat16']:.0%}" == "5%" and off[None] <= BETA**400 + 400 * UNIT_ROUNDOFF["float32"]
 
 
 def test_a_convergent_table_ends_at_the_polar_factor():

@@ -41,8 +41,8 @@ def fan_ratio(fan_in: int, fan_out: int, *, clamped: bool = True) -> float:
 def consistent_rms(fan_in: int, fan_out: int, *, rms: float = 0.2) -> float:
     """rms sqrt(max(fan_in, fan_out)): an orthogonal matrix then has entries of that RMS, AdamW's.
 
-    Moonlight, https://arxiv.org/abs/2502.16982, equation 4. Jordan's five steps leave singular values near 0.87 in the
-    mean square, and so an RMS of about 0.17.
+    Moonlight, https://arxiv.org/abs/2502.16982, equation 4. Of Gaussian matrices Jordan's five steps leave singular
+    values below one in the root mean square, and so an RMS of 0.17 to 0.20 (96 x 96 to 1024 x 3072).
     """
     return rms * max(fan_in, fan_out) ** 0.5
 
