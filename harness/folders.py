@@ -3,10 +3,9 @@ and their index), tokenizer. Both frameworks, transformers and vLLM-style reader
 """
 
 import contextlib
-import json
 import math
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from harness.generation_config import with_stop
 from harness.hf_config import from_hf_config, to_hf_config
+from harness.manifest import MANIFEST, as_json, check_files, seal, with_checks
 from harness.tensors import (
     CODES,
     DTYPES,
@@ -26,6 +26,7 @@ from harness.tensors import (
     write_tensors,
 )
 from recipe.config import Dtype, ModelConfig, UserError, require
+from recipe.durable import make_folder, sync, sync_below
 from recipe.params import check_weights, expected_shapes, shape_problems, shapes_of
 from recipe.reading import read_json, short, some, take
 
@@ -37,12 +38,23 @@ SHARD_BYTES = 5_000_000_000
 
 
 def save_folder(
-    folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer=None, *, dtype: Dtype = "float32"
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer=None,
+    *,
+    dtype: Dtype = "float32",
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder whole or not at all: a finished one replaces its predecessor by renaming."""
+    """Write the folder whole or not at all: a finished one replaces its predecessor by renaming.
+
+    With `about`, which may be empty, it gets a manifest: that, and the hash of every file.
+    """
     check_weights(weights, config)
     with replacing(folder) as scratch:
-        write_weights_folder(scratch, config, weights, tokenizer, dtype)
+        written = write_weights_folder(scratch, config, weights, tokenizer, dtype)
+        if about is not None:
+            seal(scratch, MANIFEST, about, written)
 
 
 def load_folder(folder: Path) -> tuple[ModelConfig, StoredTensors]:
@@ -50,11 +62,14 @@ def load_folder(folder: Path) -> tuple[ModelConfig, StoredTensors]:
 
     Whatever is wrong with files, names, shapes and dtypes is found from the headers and raised at once, as UserError.
     As in transformers, a name may lack `model.`, rotary tables of old Llamas are left out, and a tied model may hold
-    its embedding under the head's name or under both; two that differ are refused.
+    its embedding under the head's name or under both; two that differ are refused. Of a folder of ours that has hashes
+    every other file is checked now, and each tensor when it is read; what is not as it was written is Damaged.
     """
     folder = Path(folder)
+    hashes = check_files(folder)
     config = load_config(folder)
     entries, lost, wrong = _read_headers(folder)
+    entries = with_checks(entries, hashes)
     entries = {name: entry for name, entry in entries.items() if not name.endswith(ROTARY_TABLE)}
     stored = len(entries) + len(lost)
     _refuse(folder, wrong if stored < config.num_hidden_layers else [])
@@ -144,25 +159,32 @@ def find_weights(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of `folder` if the block ends well, and vanishes if it does not."""
+def replacing(folder: Path, keep_as: Path | None = None) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` if the block ends well, and vanishes if it does not.
+
+    The predecessor goes to `keep_as`, in a folder that exists, or away. Everything is on disk before it has its name,
+    and has its name on disk before anything older is removed, so a power cut leaves one or the other, whole.
+    """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    make_folder(folder.parent)
+    scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    scratch.mkdir()
     try:
         yield scratch
+        sync_below(scratch)
     except BaseException:
         shutil.rmtree(scratch)
         raise
-    scratch.chmod(0o755)  # mkdtemp's is the owner's alone; a checkpoint is an ordinary folder
+    aside = keep_as or set_aside(folder)
     if folder.exists():
         # Whoever is killed between the two renames finds the predecessor where it was set aside.
-        shutil.rmtree(set_aside(folder), ignore_errors=True)
-        folder.rename(set_aside(folder))
-        scratch.rename(folder)
-        shutil.rmtree(set_aside(folder))
-    else:
-        scratch.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    scratch.rename(folder)
+    sync(aside.parent)
+    sync(folder.parent)
+    if keep_as is None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
@@ -172,25 +194,30 @@ def set_aside(folder: Path) -> Path:
 
 def write_weights_folder(
     folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer, dtype: Dtype
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """The files of a weights folder, in a folder that exists, with all that came beside the tokenizer.
 
-    How its makers sample stays as it was, and the token that ended the training documents ends texts, too.
+    How its makers sample stays as it was, and the token that ended the training documents ends texts, too. Returns what
+    `write_weights` does.
     """
     eos_id = None if tokenizer is None else tokenizer.eos_id
     bos_id = None if tokenizer is None else tokenizer.bos_id
     write_json(folder / "config.json", to_hf_config(config, eos_id, dtype) | {"bos_token_id": bos_id})
-    write_weights(folder, weights, dtype)
+    written = write_weights(folder, weights, dtype)
     sampling: dict[str, Any] = {"do_sample": True, "eos_token_id": None}
     if tokenizer is not None:
         tokenizer.save(folder)
         theirs = folder / "generation_config.json"
         sampling = with_stop(read_json(theirs) if theirs.is_file() else sampling, tokenizer.eos_id)
     write_json(folder / "generation_config.json", sampling)
+    return written
 
 
-def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor has its own) and their index."""
+def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype) -> dict[str, dict[str, Any]]:
+    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor has its own) and their index.
+
+    Returns the hashes of the files of tensors, by file name, for `harness.manifest.seal`.
+    """
     sizes = {name: math.prod(shape) * DTYPES[CODES[dtype]].itemsize for name, shape in shapes_of(weights).items()}
     shards: list[list[str]] = []
     room = 0
@@ -201,17 +228,18 @@ def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: Dtype)
         shards[-1].append(name)
         room -= size
     if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", weights, shards[0], dtype)
-        return
+        return {"model.safetensors": write_tensors(folder / "model.safetensors", weights, shards[0], dtype)}
     weight_map: dict[str, str] = {}
+    written = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, weights, names, dtype)
+        written[file] = write_tensors(folder / file, weights, names, dtype)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
+    return written
 
 
 def write_json(file: Path, values: Mapping) -> None:
     """Indented JSON; a value that is not finite raises ValueError."""
-    file.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    file.write_bytes(as_json(values))

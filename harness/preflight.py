@@ -3,26 +3,19 @@
 What can be known to be wrong raises UserError here, before a folder is made and an hour is spent.
 """
 
-import contextlib
-import itertools
-import math
+import errno
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from harness.folders import load_folder, save_folder
-from harness.runlog import read_metrics
-from harness.state import TrainingState, find_state
 from harness.tensors import CODES, DTYPES
 from recipe.config import RunConfig, UserError, require
-from recipe.data import Dataset, prepare
-from recipe.params import check_weights, param_counts
+from recipe.params import param_counts
 from recipe.reading import short, some
-from recipe.tokenizer import Tokenizer, load_tokenizer
+from recipe.tokenizer import Tokenizer
 
 
 def check_place(config: RunConfig) -> None:
@@ -40,14 +33,47 @@ def check_place(config: RunConfig) -> None:
         free = shutil.disk_usage(above).free
     except OSError as error:
         raise UserError(f"--out {short(str(folder))} cannot be a folder ({error.strerror}); choose another.") from None
-    counts = param_counts(config.model)
-    # best/ in float32; last/ has the weights, one slot a number under Muon and two under AdamW.
-    needed = 4 * counts.total + _dtype(config).itemsize * (counts.total + counts.muon + 2 * counts.adamw)
+    needed = _most_at_once(config)
     require(
         needed <= free,
-        f"--out {folder} needs some {needed / 1e9:,.1f} GB for best/ and last/, and {above} has {free / 1e9:,.1f} GB "
-        "left; make room, or choose another.",
+        f"--out {folder} needs some {needed / 1e9:,.1f} GB for best/ and {config.keep + 1} states, one of them being "
+        f"written, and {above} has {free / 1e9:,.1f} GB left; make room, choose another, or lower --keep.",
     )
+
+
+def _sizes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of best/, in float32, and of a state: weights, one slot a number under Muon and two under AdamW."""
+    counts = param_counts(config.model)
+    return 4 * counts.total, _dtype(config).itemsize * (counts.total + counts.muon + 2 * counts.adamw)
+
+
+def _most_at_once(config: RunConfig) -> int:
+    """Bytes of a run folder while its last file is written: best/, the states kept, and one more of either."""
+    best, state = _sizes(config)
+    return best + config.keep * state + max(best, state)
+
+
+def disk_need(config: RunConfig) -> str:
+    """What a run needs on disk, in words."""
+    best, state = _sizes(config)
+    free = shutil.disk_usage(config.out).free
+    return (
+        f"up to {_gb(_most_at_once(config))}: {config.keep} states of {_gb(state)}, best/ of {_gb(best)}, and one more "
+        f"while it is written; {_gb(free)} free"
+    )
+
+
+def check_room(config: RunConfig, *, best: bool, state: bool) -> None:
+    """Raise OSError, before anything is written, if there is no room for the best weights or the state to be saved."""
+    needed = max(size for size, wanted in zip(_sizes(config), (best, state), strict=True) if wanted)
+    free = shutil.disk_usage(config.out).free
+    if free < needed:
+        said = f"{config.out} (a save needs {_gb(needed)}, and {_gb(free)} are left)"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), said)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def _dtype(config: RunConfig) -> np.dtype:
@@ -81,56 +107,3 @@ def check_finite(config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         f"--init {config.init} has numbers that are not finite in {config.precision.params}, in {some(wrong)}; begin "
         "with other weights.",
     )
-
-
-def text_again(config: RunConfig, state: TrainingState) -> Dataset:
-    """The dataset of a run to go on with, read with the run's own copy of its tokenizer.
-
-    UserError, which says what to restore, if it cannot be had or is another than the run began with.
-    """
-    folder, saved = Path(config.out), None
-    with contextlib.suppress(UserError):
-        saved = load_tokenizer(find_state(folder))
-    try:
-        given = None if config.data.tokenizer == "bpe" else saved
-        dataset = prepare(config.data, seed=config.seed, show_progress=True, tokenizer=given)
-    except UserError as error:
-        raise UserError(f"--resume {folder} needs the text it began with, so restore that; it says: {error}") from None
-    require(
-        state.text == dataset.fingerprint,
-        f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
-        "begin a new run.",
-    )
-    require(
-        saved is None or saved.identity == dataset.tokenizer.identity,
-        f"--resume {folder}: its tokenizer.json is not that of its text; go on from another copy of the state.",
-    )
-    return dataset
-
-
-def mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> float:
-    """The loss of the weights in best/, once they are seen to be there.
-
-    If they are not, last/ may hold the same; otherwise the best of the evaluations to come is kept, and that is said.
-    What is damaged is set aside.
-    """
-    folder = Path(config.out)
-    best = folder / "best"
-    try:
-        require(best.is_dir(), "it is not there")
-        check_weights(load_folder(best)[1], config.model)
-        load_tokenizer(best)
-        return state.best
-    except (UserError, OSError) as error:
-        reason = short(str(error), 300)
-    if os.path.lexists(best):
-        names = (folder / f"best-damaged-{number}" for number in itertools.count(1))
-        best.rename(next(name for name in names if not os.path.lexists(name)))
-    records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
-    if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
-        save_folder(best, config.model, state.weights, tokenizer)
-        said = "written again from last/, which is as good"
-    else:
-        said = f"lost, with its loss of {state.best:.4f}; the best of the evaluations to come is kept"
-    print(f"warning: best/ cannot be read ({reason}); it is {said}", file=sys.stderr)
-    return state.best if best.is_dir() else math.inf

@@ -1,30 +1,40 @@
 """The state of a training run: a weights folder with the optimizer's slots and the run's counts beside them.
 
 optimizer.safetensors holds mu.NAME of every matrix, exp_avg.NAME and exp_avg_sq.NAME of every other parameter, by
-Hugging Face name and in torch's layout; run.json holds the rest. Either framework goes on from it (docs/weights.md).
+Hugging Face name and in torch's layout; run.json holds the rest, and the hashes of all. Either framework goes on from
+it (docs/weights.md). A run folder has its newest state in last/ and the ones before it in earlier/POSITION/.
 """
 
+import contextlib
 import datetime
+import itertools
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harness.folders import load_folder, replacing, set_aside, write_json, write_weights_folder
-from harness.tensors import StoredTensors, dtype_problems, read_header, write_tensors
+from harness.folders import load_folder, replacing, set_aside, write_weights_folder
+from harness.manifest import FORMAT, RUN, is_sealed, manifest_of, remedy, seal, with_checks
+from harness.tensors import Damaged, StoredTensors, dtype_problems, read_header, write_tensors
 from recipe.config import RunConfig, UserError, from_dict, require, to_dict
-from recipe.params import check_weights, shape_problems, slot_shapes
+from recipe.durable import make_folder, sync
+from recipe.params import check_weights, shape_problems, shapes_of, slot_shapes
 from recipe.reading import read_json, short, some, take
 
-FORMAT = 1
-"""Raised when the meaning of the files changes."""
 SLOTS = ("mu", "exp_avg", "exp_avg_sq")
 YOUNGER = ("max_skipped", "deterministic")
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
+EARLIER = "earlier"
+"""Folder of a run for the states before the last one."""
+
+
+class OtherVersion(UserError):
+    """A state that is whole, but of another version of this project."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,19 @@ class TrainingState:
         return self.updates + self.skipped
 
 
-def save_state(folder: Path, state: TrainingState, tokenizer, about: Mapping[str, Any]) -> None:
-    """Write a state whole or not at all, in the parameters' dtype; `about` says who wrote it and on what."""
+def save_state(
+    folder: Path, state: TrainingState, tokenizer, about: Mapping[str, Any], *, keep_as: Path | None = None
+) -> None:
+    """Write a state whole or not at all, in the parameters' dtype; `about` says who wrote it and on what.
+
+    The state that was there goes to `keep_as`, in a folder that exists, or away.
+    """
     check_weights(state.weights, state.config.model)
     dtype = state.config.precision.params
-    slots = {f"{slot}.{name}": array for slot in SLOTS for name, array in state.slots[slot].items()}
-    with replacing(folder) as scratch:
-        write_weights_folder(scratch, state.config.model, state.weights, tokenizer, dtype)
-        write_tensors(scratch / "optimizer.safetensors", slots, slots, dtype)
+    with replacing(folder, keep_as) as scratch:
+        written = write_weights_folder(scratch, state.config.model, state.weights, tokenizer, dtype)
+        slots = _Prefixed(state.slots)
+        written["optimizer.safetensors"] = write_tensors(scratch / "optimizer.safetensors", slots, slots, dtype)
         values = {
             "format": FORMAT,
             "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -70,52 +85,86 @@ def save_state(folder: Path, state: TrainingState, tokenizer, about: Mapping[str
             "training_text": state.text,
             "config": to_dict(state.config),
         }
-        write_json(scratch / "run.json", values)
+        seal(scratch, RUN, values, written)
+
+
+class _Prefixed(Mapping[str, np.ndarray]):
+    """Slots under one name each, SLOT.NAME, read when asked for."""
+
+    def __init__(self, slots: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        self.slots = slots
+        self.shapes = {f"{slot}.{name}": shape for slot in SLOTS for name, shape in shapes_of(slots[slot]).items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        slot, _, parameter = name.partition(".")
+        return self.slots[slot][parameter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def load_state(folder: Path) -> TrainingState:
-    """The state in a folder, its arrays still on disk; UserError if anything is missing or does not fit."""
+    """The state in a folder, its arrays still on disk; UserError if anything is missing or does not fit.
+
+    All but the arrays has been checked against its hashes, and an array that is another is Damaged when it is read.
+    """
     values, config = read_run(folder)
-    where = str(Path(folder) / "run.json")
-    updates, skipped, position = (take(values, name, int, where) for name in ("updates", "skipped", "position"))
-    best, text = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
-    require(
-        updates >= 0 <= skipped and updates + skipped == position,
-        f"{folder}: {updates} updates and {skipped} skipped ones do not make position {position}; use another copy of "
-        "the state.",
-    )
-    require(best is None or math.isfinite(best), f"{where}: best_validation_loss={best} is no number; mend it there.")
     _, weights = load_folder(folder)
     check_weights(weights, config.model)
     try:
         entries = read_header(Path(folder) / "optimizer.safetensors")
     except UserError as error:
         raise UserError(f"{folder}: {error}; go on from another copy of the state.") from None
-    slots = StoredTensors(entries, str(folder))
+    slots = StoredTensors(with_checks(entries, manifest_of(Path(folder))), str(folder))
     wrong = dtype_problems(entries) + shape_problems(slots.shapes, slot_shapes(config.model))
     require(not wrong, f"{folder}: the optimizer's state does not fit the model: {'; '.join(wrong)}. Use another copy.")
     return TrainingState(
         config=config,
         weights=weights,
         slots={slot: slots.below(f"{slot}.") for slot in SLOTS},
-        updates=updates,
-        skipped=skipped,
-        best=math.inf if best is None else best,
-        text=text,
+        updates=values["updates"],
+        skipped=values["skipped"],
+        best=math.inf if values["best_validation_loss"] is None else values["best_validation_loss"],
+        text=values["training_text"],
     )
 
 
 def read_run(folder: Path) -> tuple[dict, RunConfig]:
-    """run.json of a state and the configuration in it; reads no array."""
-    file = Path(folder) / "run.json"
+    """run.json of a state, its values checked, and the configuration in it; reads no array."""
+    file = Path(folder) / RUN
     require(file.is_file(), f"{folder} holds no run.json; name the folder of a training state, e.g. runs/NAME/last.")
     values = read_json(file)
-    found = values.get("format")
+    whole = values.get("format") == 1 or is_sealed(file, values)
+    try:
+        config = _read_values(values, file)
+    except UserError as error:
+        if whole:
+            raise
+        raise Damaged(str(error)) from None  # and no question of versions
+    if not whole:
+        raise Damaged(f"{file} is not what was written: its checksum is another's. {remedy(file.parent)}.")
+    return values, config
+
+
+def _read_values(values: dict, file: Path) -> RunConfig:
+    """The configuration in run.json; UserError if that or anything else there is not of its type, or impossible."""
+    found, where = values.get("format"), str(file)
+    if found not in (1, FORMAT):
+        reads = f"this version reads 1 and {FORMAT}; use the version it is of"
+        raise OtherVersion(f"{file} has format {short(repr(found))}, {reads}.")
+    config = _read_config(take(values, "config", dict, where), f"{file}, config")
+    updates, skipped, position = (take(values, name, int, where) for name in ("updates", "skipped", "position"))
+    best, _ = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
     require(
-        found == FORMAT,
-        f"{file} has format {short(repr(found))}, this version reads {FORMAT}; use the version it is of.",
+        updates >= 0 <= skipped and updates + skipped == position,
+        f"{file.parent}: {updates} updates and {skipped} skipped ones do not make position {position}; use another "
+        "copy of the state.",
     )
-    return values, _read_config(take(values, "config", dict, str(file)), f"{file}, config")
+    require(best is None or math.isfinite(best), f"{where}: best_validation_loss={best} is no number; mend it there.")
+    return config
 
 
 def _read_config(values: dict, where: str) -> RunConfig:
@@ -127,7 +176,8 @@ def _read_config(values: dict, where: str) -> RunConfig:
     for section, fields in [("", usual), *((name, part) for name, part in usual.items() if isinstance(part, dict))]:
         given = take(values, section, dict, where) if section else values
         unknown = [f"{section}.{name}".strip(".") for name in given if name not in fields]
-        require(not unknown, f"{where} has {some(unknown)}, unknown to this version; use the version it is of.")
+        if unknown:
+            raise OtherVersion(f"{where} has {some(unknown)}, unknown to this version; use the version it is of.")
         missing = [f"{section}.{name}".strip(".") for name in fields if name not in given and name not in YOUNGER]
         require(not missing, f"{where} does not say {some(missing)}; add it, or use the version it is of.")
     take(values, "prompts", list[str], where)
@@ -137,14 +187,75 @@ def _read_config(values: dict, where: str) -> RunConfig:
         raise UserError(f"{where}: {error}") from None
 
 
-def find_state(run: Path) -> Path:
-    """Where a run folder keeps its state: last/, or what a run killed while replacing it had set aside."""
-    require(Path(run).is_dir(), f"--resume {run} is not a folder; name a run folder, e.g. runs/tiny-jax.")
+def state_folders(run: Path) -> list[Path]:
+    """Where a run folder may keep states, newest first: last/, what was set aside while it was replaced, earlier/."""
     last = Path(run) / "last"
-    for candidate in (last, set_aside(last)):
-        if (candidate / "run.json").is_file():
-            return candidate
-    raise UserError(f"--resume {run} holds no last/run.json, so no state to go on from; name another or begin anew.")
+    earlier = [path for path in (Path(run) / EARLIER).glob("[0-9]*") if path.is_dir()]
+    found = [last, set_aside(last), *sorted(earlier, key=lambda path: path.name, reverse=True)]
+    return [path for path in found if os.path.lexists(path)]
+
+
+def earlier_folder(run: Path, position: int) -> Path:
+    """Where the state of a position lies once it is not the last; the names sort as the positions do."""
+    return Path(run) / EARLIER / f"{position:010d}"
+
+
+def find_state(run: Path) -> Path:
+    """The newest state of a run folder that looks whole by all but its arrays; UserError if there is none."""
+    require(Path(run).is_dir(), f"--resume {run} is not a folder; name a run folder, e.g. runs/tiny-jax.")
+    reasons = []
+    for folder in state_folders(run):
+        try:
+            load_state(folder)
+            return folder
+        except OtherVersion:
+            raise
+        except (UserError, OSError) as error:
+            reasons.append(error)
+    if reasons:
+        raise UserError(f"--resume {run} holds no sound state; {'; '.join(map(str, reasons))}") from None
+    raise UserError(
+        f"--resume {run} holds no last/run.json, so no state to go on from; begin it again with the command it was "
+        "begun with, or name another."
+    )
+
+
+def set_apart(run: Path, folder: Path, why: str) -> Path:
+    """Move what cannot be gone on from out of the way, to the first free RUN/NAME-WHY-N, and return that."""
+    name = folder.name.strip(".")
+    numbered = (Path(run) / f"{name}-{why}-{number}" for number in itertools.count(1))
+    apart = next(path for path in numbered if not os.path.lexists(path))
+    folder.rename(apart)
+    sync(Path(run))
+    return apart
+
+
+def place_of_last(run: Path, position: int, keep: int) -> Path | None:
+    """Where last/ goes when the state of `position` replaces it: to earlier/, or away.
+
+    Away if one state is kept, and if it is of the same position.
+    """
+    last = Path(run) / "last"
+    if keep == 1 or not (last / RUN).is_file():
+        return None
+    before = take(read_json(last / RUN), "position", int, str(last / RUN))
+    if before == position:
+        return None
+    make_folder(Path(run) / EARLIER)
+    return earlier_folder(run, before)
+
+
+def keep_earlier(run: Path, count: int) -> None:
+    """Remove all but the newest `count` of the states before the last one."""
+    for folder in [path for path in state_folders(run) if path.parent.name == EARLIER][count:]:
+        gone = folder.with_name(
+            f".{folder.name}"
+        )  # so that a killed run leaves no half of a state under a state's name
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (Path(run) / EARLIER).rmdir()  # if it is empty
 
 
 def clear_scratch(run: Path) -> None:
@@ -154,3 +265,5 @@ def clear_scratch(run: Path) -> None:
             set_aside(folder).rename(folder)
         for leftover in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(leftover)
+    for leftover in (Path(run) / EARLIER).glob(".*"):
+        shutil.rmtree(leftover)

@@ -6,12 +6,14 @@ another keep one of them in memory; the library maps whole files, and mapped pag
 made from them.
 """
 
+import hashlib
 import json
 import math
 import os
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
 from operator import mul
@@ -22,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from recipe.config import fits, require
+from recipe.config import UserError, fits, require
 from recipe.params import shapes_of
 from recipe.reading import parse_json, short, some
 
@@ -45,13 +47,20 @@ PATIENCE = 3.0
 LONGEST_HEADER = 100_000_000
 
 
+class Damaged(UserError):
+    """What was read is not what was written; another copy may be whole."""
+
+
 class StoredTensor(NamedTuple):
-    """Where one tensor lies."""
+    """Where one tensor lies, and what it must be where that is known."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    crc: str | None = None
+    """CRC-32 of its bytes, by which `StoredTensors` know them."""
+    remedy: str = "Fetch or save it again"
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +70,26 @@ class StoredTensor(NamedTuple):
     def read(self, begin: int, count: int) -> np.ndarray:
         """So many elements, flat, from the element `begin` on; UserError if the file has become shorter."""
         dtype = DTYPES[self.dtype]
-        array = np.fromfile(self.file, dtype, count=count, offset=self.offset + begin * dtype.itemsize)
-        require(len(array) == count, f"{self.file} has become shorter while it was read; fetch or save it again.")
+        try:
+            array = np.fromfile(self.file, dtype, count=count, offset=self.offset + begin * dtype.itemsize)
+        except OSError as error:
+            raise Damaged(f"{self.file} cannot be read ({error.strerror}); take another copy.") from None
+        if len(array) != count:
+            raise Damaged(f"{self.file} has become shorter while it was read; fetch or save it again.")
         return array
+
+    def read_crc(self) -> str:
+        """CRC-32 of its bytes on disk, a piece after another."""
+        value, left = 0, self.nbytes
+        with open(self.file, "rb") as stream:
+            stream.seek(self.offset)
+            while left and (piece := stream.read(min(left, PIECE))):
+                value, left = zlib.crc32(piece, value), left - len(piece)
+        return as_hex(value)
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
-    """Tensors on disk by name; indexing reads one, in its stored dtype, and keeps nothing.
+    """Tensors on disk by name; indexing reads one, in its stored dtype, and keeps nothing. Damaged if it is another.
 
     Reads that take long show a bar on a terminal and a line now and then elsewhere, on stderr.
     """
@@ -95,9 +117,11 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        array = entry.read(0, math.prod(entry.shape)).reshape(entry.shape)
+        array = entry.read(0, math.prod(entry.shape))
+        if entry.crc not in (None, as_hex(zlib.crc32(array.view(np.uint8)))):
+            raise Damaged(f"{entry.file} is not what was written: {name} has another CRC-32. {entry.remedy}.")
         self._progress(entry.nbytes)
-        return array
+        return array.reshape(entry.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -204,8 +228,24 @@ def _encodable(texts: list[str]) -> bool:
     return True
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collection[str], dtype: str) -> None:
-    """A safetensors file of the named tensors, cast to `dtype` one by one and forced to disk."""
+def as_hex(crc: int) -> str:
+    """A CRC-32 as eight digits."""
+    return f"{crc:08x}"
+
+
+def header_crc(file: Path) -> str:
+    """CRC-32 of a file's first 8 bytes and its header; of all there is where the file is shorter."""
+    with open(file, "rb") as stream:
+        size = stream.read(8)
+        length = min(int.from_bytes(size, "little"), LONGEST_HEADER)
+        return as_hex(zlib.crc32(size + stream.read(length)))
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collection[str], dtype: str) -> dict[str, Any]:
+    """A safetensors file of the named tensors, cast to `dtype` one by one and forced to disk.
+
+    Returns what `harness/manifest.py` keeps of it, hashed as it is written: SHA-256, and CRC-32 of header and tensors.
+    """
     stored, shapes = DTYPES[CODES[dtype]], shapes_of(tensors)
     end = 0
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
@@ -214,9 +254,15 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], names: Collecti
         header[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    beginning = struct.pack("<Q", len(text)) + text
+    digest, crcs = hashlib.sha256(beginning), {}
     with open(file, "xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(beginning)
         for name in names:
-            stream.write(np.ascontiguousarray(tensors[name], stored).reshape(-1).view(np.uint8).data)
+            data = np.ascontiguousarray(tensors[name], stored).reshape(-1).view(np.uint8).data
+            stream.write(data)
+            digest.update(data)
+            crcs[name] = as_hex(zlib.crc32(data))
         stream.flush()
         os.fsync(stream.fileno())
+    return {"sha256": digest.hexdigest(), "header": as_hex(zlib.crc32(beginning)), "tensors": crcs}

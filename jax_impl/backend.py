@@ -111,6 +111,13 @@ def machine() -> Machine:
     return record if known else dataclasses.replace(record, **_NO_KERNELS)
 
 
+def has_room(nbytes: int) -> bool:
+    """Whether so many bytes fit on the device beside the most that has been in use at once; True if it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    used, limit = stats.get("peak_bytes_in_use", 0), stats.get("bytes_limit")
+    return limit is None or used + nbytes <= limit
+
+
 def recomputed(static_argnums: tuple[int, ...] = ()) -> Callable[[Function], Function]:
     """Decorator: the function keeps its arguments alone for the backward pass and is computed again there."""
 

@@ -18,12 +18,23 @@ import numpy as np
 import optax
 
 from harness import loop
+from harness.saving import Snapshot
 from jax_impl import random
 from jax_impl.attention import attention_in_use, why_not_fused
-from jax_impl.backend import machine, on_device_of
+from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
-from jax_impl.weights import Params, bind, from_hf, model_structure, optimizer_slots, restore_optimizer, to_hf
+from jax_impl.weights import (
+    Params,
+    bind,
+    from_hf,
+    model_structure,
+    optimizer_slots,
+    restore_optimizer,
+    slot_leaves,
+    to_hf,
+    to_hf_lazily,
+)
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 
@@ -154,6 +165,12 @@ def _return_freed_memory() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)
 
 
+@jax.jit
+def _copied(arrays):
+    """New buffers with the same content."""
+    return jax.tree.map(jnp.copy, arrays)
+
+
 class Trainer:
     """The JAX side of `harness.loop.Trainer`."""
 
@@ -194,6 +211,16 @@ class Trainer:
 
     def slots(self) -> dict[str, dict[str, np.ndarray]]:
         return optimizer_slots(self.state.opt_state)
+
+    def snapshot(self) -> Snapshot:
+        arrays = {"weights": self.state.params, **slot_leaves(self.state.opt_state)}
+        # The next update is given the state's own buffers. A copy on the device is made between two updates, in order.
+        if has_room(sum(array.nbytes for array in jax.tree.leaves(arrays))):
+            copies = _copied(arrays)
+        else:
+            copies = jax.tree.map(np.array, arrays)
+        lazy = {part: to_hf_lazily({path: copies[part][path] for path in arrays[part]}) for part in arrays}
+        return Snapshot(lazy.pop("weights"), lazy, *self.counts())
 
     def counts(self) -> tuple[int, int]:
         return int(self.state.step), int(self.state.skipped)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from harness.saving import LazyArrays
 from jax_impl.model import Qwen3ForCausalLM
 from jax_impl.products import Rounded
 from recipe.config import ModelConfig, PrecisionConfig
@@ -46,21 +47,34 @@ def from_array(array: np.ndarray, path: str, dtype) -> jax.Array:
 
 def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """NumPy weights by Hugging Face name, in torch's layout; also of anything shaped and named like parameters."""
-    return {
-        hf_name(path): np.ascontiguousarray(np.asarray(leaf).T if path.endswith(".kernel") else np.asarray(leaf))
-        for path, leaf in params.items()
-    }
+    return dict(to_hf_lazily(params).items())
 
 
-def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
-    """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and Hugging Face name, in torch's layout."""
+def to_hf_lazily(params: Mapping[str, jax.Array | np.ndarray]) -> LazyArrays:
+    """The same, each array fetched from the device when it is asked for."""
+    paths = {hf_name(path): path for path in params}
+    shapes = {name: params[path].shape[:: -1 if path.endswith(".kernel") else 1] for name, path in paths.items()}
+
+    def read(name: str) -> np.ndarray:
+        array = np.asarray(params[paths[name]])
+        return np.ascontiguousarray(array.T if paths[name].endswith(".kernel") else array)
+
+    return LazyArrays(shapes, read)
+
+
+def slot_leaves(opt_state) -> dict[str, Params]:
+    """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and the parameter's path."""
     states = opt_state.inner_states
     muon_state, adam_state = states["muon"].inner_state[0], states["other"].inner_state[0]
     slots = {"mu": muon_state.mu, "exp_avg": adam_state.mu, "exp_avg_sq": adam_state.nu}
     return {
-        slot: to_hf({path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)})
-        for slot, tree in slots.items()
+        slot: {path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)} for slot, tree in slots.items()
     }
+
+
+def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
+    """Optimizer state by slot and Hugging Face name, in torch's layout."""
+    return {slot: to_hf(leaves) for slot, leaves in slot_leaves(opt_state).items()}
 
 
 def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int):

@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from harness import cli
 from harness.commands import checkpoint
+from harness.manifest import seal
 from harness.state import SLOTS, TrainingState, load_state, save_state
+from harness.tensors import Damaged
 from recipe.config import MuonConfig, PrecisionConfig, RunConfig, UserError
 from recipe.params import init_params, slot_shapes
 from tests.test_checkpoint import MODEL
@@ -61,7 +63,7 @@ def test_a_saved_state_comes_back_bit_for_bit(written):
         for name, array in expected.slots[slot].items():
             np.testing.assert_array_equal(loaded.slots[slot][name], array, err_msg=f"{slot} {name}")
     run = json.loads((written / "run.json").read_text())
-    assert {"framework": "abacus", "seed": 5, "position": 42, "format": 1}.items() <= run.items()
+    assert {"framework": "abacus", "seed": 5, "position": 42, "format": 2}.items() <= run.items()
 
 
 def test_the_slots_have_the_names_of_the_contract(written):
@@ -90,6 +92,7 @@ def test_every_wrong_slot_is_named_at_once(folder):
     stored["mu.model.norm.weight"] = np.zeros(30)
     stored["exp_avg.model.norm.weight"] = np.zeros(29)
     save_file(stored, folder / "optimizer.safetensors")
+    seal_again(folder)
     with pytest.raises(UserError) as caught:
         load_state(folder)
     for part in (
@@ -98,6 +101,13 @@ def test_every_wrong_slot_is_named_at_once(folder):
         "misshapen exp_avg.model.norm.weight (29,) for (30,)",
     ):
         assert part in str(caught.value)
+
+
+def seal_again(folder) -> None:
+    """As if what lies there now had been written so."""
+    values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    del values["checksum"]
+    seal(folder, "run.json", values, {})
 
 
 def changed(**fields):
@@ -122,7 +132,7 @@ def lacking(name):
 
 
 REFUSED = {
-    "format": (changed(format=2), "has format 2, this version reads 1"),
+    "format": (changed(format=3), "has format 3, this version reads 1 and 2"),
     "a format that is no number": (changed(format=["\x1b"] * 999), "this version reads 1"),
     "position": (changed(position=40), "40 updates and 2 skipped ones do not make position 40"),
     "negative counts": (changed(updates=-2, skipped=44), "do not make position 42"),
@@ -154,12 +164,21 @@ def test_what_run_json_must_not_say_is_refused(case, folder):
     with pytest.raises(UserError) as caught:
         load_state(folder)
     said = str(caught.value)
-    assert message in said and said.isprintable() and len(said) < 500
+    assert said.isprintable() and len(said) < 500
+    assert message in said or case == "more layers than the file", "a checksum is looked at before the tensors"
+    assert isinstance(caught.value, Damaged) or case == "a list", "this file was not written so"
+    if isinstance(values, dict) and case != "a loss that is none":
+        values.pop("checksum")
+        seal(folder, "run.json", values, {})
+        with pytest.raises(UserError) as caught:
+            load_state(folder)
+        assert message in str(caught.value) and not isinstance(caught.value, Damaged), "this one was"
 
 
 def test_slots_of_another_dtype_are_refused(folder):
     stored = load_file(folder / "optimizer.safetensors")
     save_file({name: array.astype(np.int8) for name, array in stored.items()}, folder / "optimizer.safetensors")
+    seal_again(folder)
     with pytest.raises(UserError, match="dtype I8, not one of F64, F32, F16, BF16: "):
         load_state(folder)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from harness import loop
+from harness.saving import LazyArrays, Snapshot
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
@@ -21,7 +22,7 @@ from torch_ref.attention import attention_in_use, why_not_fused
 from torch_ref.generate import make_generator
 from torch_ref.hybrid import MuonWithAdamW, clip_by_global_norm
 from torch_ref.model import Qwen3ForCausalLM
-from torch_ref.weights import from_hf, optimizer_slots, restore_optimizer, to_hf
+from torch_ref.weights import from_hf, optimizer_slots, restore_optimizer, slot_leaves, to_hf, to_hf_lazily
 
 
 @dataclass
@@ -111,6 +112,30 @@ def make_evaluate(config: RunConfig) -> Callable[..., tuple[torch.Tensor, torch.
     return evaluate
 
 
+def _has_room(arrays: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+    """Whether a GPU can hold a copy of these tensors beside all that training has needed so far; a CPU always can."""
+    tensors = [tensor for part in arrays.values() for tensor in part.values()]
+    if not tensors[0].is_cuda:
+        return True
+    _, total = torch.cuda.mem_get_info()
+    return torch.cuda.max_memory_reserved() + sum(tensor.nbytes for tensor in tensors) <= total
+
+
+def beside_updates(arrays: LazyArrays, device: str) -> LazyArrays:
+    """The arrays, fetched from a GPU on a stream of their own: behind what is under way, beside what comes later."""
+    if device == "cpu":
+        return arrays
+    stream, ready = torch.cuda.Stream(), torch.cuda.Event()
+    ready.record()
+
+    def read(name: str) -> np.ndarray:
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            return arrays[name]
+
+    return LazyArrays(arrays.shapes, read)
+
+
 class Trainer:
     """The torch side of `harness.loop.Trainer`."""
 
@@ -152,6 +177,17 @@ class Trainer:
 
     def slots(self) -> dict[str, dict[str, np.ndarray]]:
         return optimizer_slots(self.state.optimizer)
+
+    def snapshot(self) -> Snapshot:
+        arrays = {"weights": dict(self.state.model.named_parameters()), **slot_leaves(self.state.optimizer)}
+        # Updates are in place. A copy on the device is made between two of them, and fetched beside those to come.
+        keep = self.device if _has_room(arrays) else "cpu"
+        copies = {
+            part: {name: x.detach().to(keep, copy=True) for name, x in tensors.items()}
+            for part, tensors in arrays.items()
+        }
+        lazy = {part: beside_updates(to_hf_lazily(copies[part]), keep) for part in arrays}
+        return Snapshot(lazy.pop("weights"), lazy, *self.counts())
 
     def counts(self) -> tuple[int, int]:
         return self.state.step, self.state.skipped

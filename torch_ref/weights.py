@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from harness.saving import LazyArrays
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights
 from torch_ref.model import Qwen3ForCausalLM
@@ -38,7 +39,13 @@ def from_array(array: np.ndarray) -> torch.Tensor:
 
 def to_hf(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """NumPy weights by Hugging Face name; also of anything shaped and named like parameters."""
-    return {name: to_array(tensor) for name, tensor in tensors.items()}
+    return dict(to_hf_lazily(tensors).items())
+
+
+def to_hf_lazily(tensors: Mapping[str, torch.Tensor]) -> LazyArrays:
+    """The same, each array fetched from the device when it is asked for."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return LazyArrays(shapes, lambda name: to_array(tensors[name]))
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
@@ -49,20 +56,23 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def optimizer_slots(optimizer) -> dict[str, dict[str, np.ndarray]]:
+def slot_leaves(optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and Hugging Face name; zeros before the first update."""
     names = {parameter: name for name, parameter in optimizer.named_parameters.items()}
     slots = {"mu": optimizer.muon, "exp_avg": optimizer.adamw, "exp_avg_sq": optimizer.adamw}
     return {
-        slot: to_hf(
-            {
-                names[parameter]: half.state[parameter].get(slot, torch.zeros_like(parameter))
-                for group in half.param_groups
-                for parameter in group["params"]
-            }
-        )
+        slot: {
+            names[parameter]: half.state[parameter].get(slot, torch.zeros_like(parameter))
+            for group in half.param_groups
+            for parameter in group["params"]
+        }
         for slot, half in slots.items()
     }
+
+
+def optimizer_slots(optimizer) -> dict[str, dict[str, np.ndarray]]:
+    """Optimizer state by slot and Hugging Face name."""
+    return {slot: to_hf(leaves) for slot, leaves in slot_leaves(optimizer).items()}
 
 
 def restore_optimizer(optimizer, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int) -> None:

@@ -16,7 +16,9 @@ import tyro
 from harness import cli, generation_config
 from harness.folders import find_weights, load_folder, replacing, write_json, write_weights
 from harness.hf_config import unused
-from harness.state import load_state, read_run
+from harness.manifest import MANIFEST, RUN, check_files, seal
+from harness.state import load_state, read_run, state_folders
+from harness.tensors import Damaged
 from recipe.config import Dtype, require
 from recipe.params import param_counts
 from recipe.reading import read_json, short, some, take
@@ -44,6 +46,7 @@ class ExportCommand:
 
 def inspect(folder: Path) -> list[str]:
     """Lines that say what a folder holds: model, parameters, files, and of a state also steps, slots and norms."""
+    hashes = check_files(folder, tensors=True)
     config, weights = load_folder(folder)
     counts, entries = param_counts(config), weights.entries.values()
     files, dtypes = {entry.file for entry in entries}, {entry.dtype for entry in entries}
@@ -54,6 +57,8 @@ def inspect(folder: Path) -> list[str]:
         f"parameters {counts.total:,} ({counts.muon:,} of Muon's, {counts.adamw:,} of AdamW's)",
         f"weights    {_summary(weights)}, {', '.join(sorted(dtypes))}, {weights.nbytes:,} bytes, {len(files)} file(s)",
     ]
+    if hashes is not None:
+        lines.append(f"sound      {len(hashes)} files have the hashes they were written with")
     if idle := unused(read_json(folder / "config.json")):
         lines.append(f"not used   of config.json: {some(idle)}")
     lines += [f"not used   {note}" for note in generation_config.notes(folder)]
@@ -81,12 +86,13 @@ def export(folder: Path, out: Path, dtype: Dtype) -> None:
     require(not out.exists(), f"{out} exists already; choose a new folder.")
     _, weights = load_folder(folder)
     with replacing(out) as scratch:
-        write_weights(scratch, weights, dtype)
+        written = write_weights(scratch, weights, dtype)
         write_json(scratch / "config.json", read_json(folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype})
         for file in folder.iterdir():
-            ours = file.name in ("config.json", "run.json", "model.safetensors.index.json")
+            ours = file.name in ("config.json", RUN, MANIFEST, "model.safetensors.index.json")
             if file.suffix in (".json", ".txt", ".jinja", ".model") and not ours:
                 shutil.copy(file, scratch)
+        seal(scratch, MANIFEST, {}, written)
 
 
 def main() -> None:
@@ -102,9 +108,16 @@ def main() -> None:
         print(command.out)
         return
     folder = Path(command.folder)
-    inside = [part for part in (folder / "best", folder / "last") if (part / "config.json").is_file()]
+    parts = [folder / "best", *state_folders(folder)]
+    inside = [part for part in parts if (part / "config.json").is_file()]
+    damaged = []
     for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
-        print("\n".join(inspect(part)))
+        try:
+            print("\n".join(inspect(part)))
+        except Damaged as error:
+            print(f"folder     {part}\nDAMAGED    {error}")
+            damaged.append(str(error))
+    require(not damaged, "; ".join(damaged))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""Going on with a run: which of its states is sound, its text, its best/."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from harness.folders import load_folder, save_folder
+from harness.manifest import check_files
+from harness.runlog import read_metrics
+from harness.state import OtherVersion, TrainingState, clear_scratch, load_state, set_apart, state_folders
+from harness.tensors import Damaged
+from recipe.config import RunConfig, UserError, require
+from recipe.data import Dataset, prepare
+from recipe.params import check_weights
+from recipe.reading import short
+from recipe.tokenizer import Tokenizer, load_tokenizer
+
+T = TypeVar("T")
+
+
+def text_again(config: RunConfig, state: TrainingState, saved_in: Path) -> Dataset:
+    """The dataset of a run to go on with, read with the copy of its tokenizer beside the state.
+
+    UserError, which says what to restore, if it cannot be had or is another than the run began with.
+    """
+    folder, saved = Path(config.out), None
+    with contextlib.suppress(UserError):
+        saved = load_tokenizer(saved_in)
+    try:
+        given = None if config.data.tokenizer == "bpe" else saved
+        dataset = prepare(config.data, seed=config.seed, show_progress=True, tokenizer=given)
+    except UserError as error:
+        raise UserError(f"--resume {folder} needs the text it began with, so restore that; it says: {error}") from None
+    require(
+        state.text == dataset.fingerprint,
+        f"--resume {folder}: the training text is not the one it began with; restore {config.data.corpus}, or "
+        "begin a new run.",
+    )
+    require(
+        saved is None or saved.identity == dataset.tokenizer.identity,
+        f"--resume {folder}: its tokenizer.json is not that of its text; go on from another copy of the state.",
+    )
+    return dataset
+
+
+def newest_sound(
+    config: RunConfig, restore: Callable[[TrainingState], T], *, before: float = math.inf
+) -> tuple[T, TrainingState]:
+    """What `restore` makes of the newest state of which every byte is as it was written, and that state.
+
+    What was wrong with newer ones is said, and they are set apart, as are those whose position is not `before` the
+    given one. UserError, and nothing is moved, if none is sound.
+    """
+    run = Path(config.out)
+    wrong: dict[Path, str] = {}
+    later: list[Path] = []
+    clear_scratch(run)
+    for folder in state_folders(run):
+        try:
+            state = load_state(folder)
+            if state.position >= before:
+                later.append(folder)
+                continue
+        except OtherVersion:
+            raise
+        except (UserError, OSError) as error:
+            wrong[folder] = short(str(error).rstrip("."), 400)
+            continue
+        try:
+            restored = restore(state)
+        except Damaged as error:
+            wrong[folder] = short(str(error).rstrip("."), 400)
+            continue
+        for passed in later:
+            set_apart(run, passed, "diverged")
+        for damaged, reason in wrong.items():
+            apart = set_apart(run, damaged, "damaged")
+            print(
+                f"warning: {short(str(damaged))} is no state to go on from ({reason}); it is now {short(str(apart))}, "
+                f"and the run goes on from {short(str(folder))}, after step {state.position}",
+                file=sys.stderr,
+            )
+        return restored, state
+    reasons = "; ".join(wrong.values()) or "it has none that is early enough"
+    raise UserError(f"--resume {run} holds no sound state: {reasons}.")
+
+
+def mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> float:
+    """The loss of the weights in best/, once every byte of them is seen to be as it was written.
+
+    If they are not, last/ may hold the same; otherwise the best of the evaluations to come is kept, and that is said.
+    What is damaged is set aside.
+    """
+    folder = Path(config.out)
+    best = folder / "best"
+    try:
+        require(best.is_dir(), "it is not there")
+        check_files(best, tensors=True)
+        check_weights(load_folder(best)[1], config.model)
+        load_tokenizer(best)
+        return state.best
+    except (UserError, OSError) as error:
+        reason = short(str(error), 300)
+    if os.path.lexists(best):
+        set_apart(folder, best, "damaged")
+    records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
+    if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
+        about = {"step": state.position, "validation_loss": state.best}
+        save_folder(best, config.model, state.weights, tokenizer, about=about)
+        said = "written again from last/, which is as good"
+    else:
+        said = f"lost, with its loss of {state.best:.4f}; the best of the evaluations to come is kept"
+    print(f"warning: best/ cannot be read ({reason}); it is {said}", file=sys.stderr)
+    return state.best if best.is_dir() else math.inf
