@@ -23,7 +23,7 @@ from harness.preflight import check_finite, check_place, check_prompts, check_ro
 from harness.resuming import mend_best, newest_sound, text_again
 from harness.runlog import RunLog, check_tensorboard, read_metrics
 from harness.saving import Saver, Snapshot
-from harness.state import TrainingState, find_state, keep_earlier, load_state, place_of_last, save_state
+from harness.state import TrainingState, find_state, keep_newest, load_state, place_of_last, save_state
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
@@ -211,6 +211,7 @@ class _Run:
             return trainer
 
         trainer, self.state = newest_sound(self.config, restore)
+        keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
         self.position, self.best = self.state.position, self.state.best
         if math.isfinite(self.best):
             self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
@@ -305,7 +306,7 @@ class _Run:
                 )
                 aside = place_of_last(folder, values.position, config.keep)
                 save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
-                keep_earlier(folder, config.keep - 1)
+                keep_newest(folder, config.keep)
 
         self.saver.submit(write)
 

@@ -245,15 +245,13 @@ def place_of_last(run: Path, position: int, keep: int) -> Path | None:
     return earlier_folder(run, before)
 
 
-def keep_earlier(run: Path, count: int) -> None:
-    """Remove all but the newest `count` of the states before the last one."""
-    for folder in [path for path in state_folders(run) if path.parent.name == EARLIER][count:]:
-        gone = folder.with_name(
-            f".{folder.name}"
-        )  # so that a killed run leaves no half of a state under a state's name
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+def keep_newest(run: Path, count: int) -> None:
+    """Remove all but the newest `count` states; last/ always stays."""
+    for folder in [path for path in state_folders(run)[count:] if path.parent.name == EARLIER]:
+        # A killed run must leave no half of a state under a state's name.
+        gone = folder.with_name(f".{folder.name}")
+        folder.rename(gone)
+        shutil.rmtree(gone)
     with contextlib.suppress(OSError):
         (Path(run) / EARLIER).rmdir()  # if it is empty
 

@@ -80,7 +80,7 @@ def test_a_run_that_dies_at_any_file_operation_is_resumed_bit_for_bit(rhythm, tm
         with pytest.raises(Killed):
             train(rhythm)
         REAPER.watch(None)
-        if not any((run / name / "run.json").is_file() for name in ("last", ".last-old")):
+        if not state_folders(run):
             with pytest.raises(UserError, match=r"holds no last/run\.json|is not a folder"):
                 train(resumed(rhythm))
             unsaved += 1
