@@ -19,7 +19,15 @@ from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.interruption import Interruption
 from harness.plot import plot_runs
-from harness.preflight import check_finite, check_place, check_prompts, check_room, disk_need
+from harness.preflight import (
+    check_begun,
+    check_finite,
+    check_place,
+    check_prompts,
+    check_room,
+    disk_need,
+    is_begun,
+)
 from harness.resuming import mend_best, newest_sound, text_again
 from harness.runlog import RunLog, check_tensorboard, read_metrics
 from harness.saving import Saver, Snapshot
@@ -181,6 +189,8 @@ class _Run:
             dataset = prepare(config.data, seed=config.seed, show_progress=True)
             if not config.init:
                 self.config = config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
+            if is_begun(folder):
+                check_begun(config)
         require(
             dataset.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, the weights of {config.init or folder} only "

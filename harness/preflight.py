@@ -1,29 +1,79 @@
-"""What is looked at before a run begins or goes on: its place, its prompts, its weights, its text, its best/.
+"""What is looked at before a run begins: its place and the room there, its prompts, its weights.
 
 What can be known to be wrong raises UserError here, before a folder is made and an hour is spent.
 """
 
 import errno
+import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from harness.manifest import RUN
+from harness.state import state_folders
 from harness.tensors import CODES, DTYPES
-from recipe.config import RunConfig, UserError, require
+from recipe.config import RunConfig, UserError, require, to_dict
 from recipe.params import param_counts
-from recipe.reading import short, some
+from recipe.reading import read_json, short, some, take
 from recipe.tokenizer import Tokenizer
+
+LEFT = re.compile(
+    r"\..*|run\.json|(metrics|undone)\.jsonl|best(-undone-\d+)?|profile|divergence-\d+\.json|events\.out\..*"
+)
+"""What lies in the folder of a run that was killed before its first save."""
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a place holds what a new run must not touch: anything but a run that was killed before its first save."""
+    if not folder.exists():
+        return False
+    return not folder.is_dir() or not all(LEFT.fullmatch(path.name) for path in folder.iterdir())
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run that was killed before its first save, so that nothing in it can be gone on from."""
+    return (folder / RUN).is_file() and not is_taken(folder) and not state_folders(folder)
+
+
+def begun_with(folder: Path, config: RunConfig, *, but: Collection[str] = ()) -> list[str]:
+    """How the configuration of a run in a folder differs from another, but for its place and the fields named."""
+    values = read_json(folder / RUN)
+    begun = dict(_flat(take(values, "config", dict, str(folder / RUN))))
+    return [
+        f"{name}={short(repr(begun.get(name)))} instead of {short(repr(value))}"
+        for name, value in _flat(json.loads(json.dumps(to_dict(config))))
+        if begun.get(name) != value and name not in ("out", *but)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_begun(config: RunConfig) -> None:
+    """Raise UserError if the run killed before its first save, in whose folder this one is to begin, was another."""
+    differing = begun_with(Path(config.out), config)
+    require(
+        not differing,
+        f"--out {config.out} holds a run that was killed before its first save, begun with {'; '.join(differing)}; "
+        "pass the same flags to begin it again, or name a new folder.",
+    )
 
 
 def check_place(config: RunConfig) -> None:
     """Raise UserError if the run folder is taken, or cannot be made, or has no room for the weights."""
     folder = Path(config.out)
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        require(not taken, f"--out {folder} already holds files; name a new folder.")
+        require(not is_taken(folder), f"--out {folder} already holds files; name a new folder.")
         above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         require(above.is_dir(), f"--out {folder} lies under {above}, which is a file; choose a folder's path.")
         require(os.access(above, os.W_OK | os.X_OK), f"--out {folder}: {above} may not be written to; choose another.")

@@ -27,7 +27,10 @@ from recipe.params import check_weights, shape_problems, shapes_of, slot_shapes
 from recipe.reading import read_json, short, some, take
 
 SLOTS = ("mu", "exp_avg", "exp_avg_sq")
-YOUNGER = ("max_skipped", "deterministic")
+YOUNGER = (
+    *("max_skipped", "deterministic", "keep"),
+    *("divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
+)
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 EARLIER = "earlier"
 """Folder of a run for the states before the last one."""

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from harness.cli import last_value, leaves, parse, run
 from harness.folders import load_config
+from harness.preflight import begun_with, is_begun, is_taken
 from harness.state import find_state, read_run
 from recipe.config import RunConfig, UserError, require
+from recipe.lock import locked
 from recipe.presets import PRESETS, get_preset
 from recipe.reading import short
 
@@ -17,10 +19,10 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 FREE_ON_RESUME = (
-    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "max_skipped", "tensorboard"),
-    "data.cache_dir",
+    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "keep", "data.cache_dir"),
+    *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
 )
-"""Fields that a resumed run may change: none of them moves a weight."""
+"""Fields that a resumed run may change: none of them moves a weight, but for those of a run that diverges."""
 
 
 def run_command(module: str, train: Callable[[RunConfig], None], *, framework: str) -> int:
@@ -87,16 +89,19 @@ def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
 
 
 def _run_folder(config: RunConfig, framework: str) -> Path:
-    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ..."""
+    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ...
+
+    Free is also one whose run was killed before its first save: an automatic folder if it was the same run.
+    """
     if not config.out:
-        return _first_free(Path("runs") / f"{config.preset}-{framework}")
+        return _first_free(Path("runs") / f"{config.preset}-{framework}", config)
     out = Path(config.out)
     try:
-        taken = _is_taken(out)
+        taken = is_taken(out)
     except OSError as error:  # such as a name that is too long
         raise UserError(f"--out {short(str(out))} cannot be a folder ({error.strerror}); choose another.") from None
     if taken:
-        other = _first_free(out if out.name.strip(".") else Path("runs") / "new")
+        other = _first_free(out if out.name.strip(".") else Path("runs") / "new", config)
         what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
         raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
     for parent in out.parents:
@@ -106,10 +111,21 @@ def _run_folder(config: RunConfig, framework: str) -> Path:
     return out
 
 
-def _first_free(folder: Path) -> Path:
+def _first_free(folder: Path, config: RunConfig) -> Path:
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not _is_taken(path))
+    return next(path for path in itertools.chain([folder], numbered) if _is_free(path, config))
 
 
-def _is_taken(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+def _is_free(path: Path, config: RunConfig) -> bool:
+    """Whether a run may be put there without a word: nothing is there, or this very run, killed before its first save.
+
+    The vocabulary is not compared, which the text may raise.
+    """
+    if not path.exists():
+        return True
+    if is_taken(path):
+        return False
+    with locked(path) as held:
+        if not held:
+            return not any(path.iterdir())
+    return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
