@@ -1,7 +1,8 @@
 """The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
 
-Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the user's mistake, 130 Ctrl-C, 141 the help's
-reader left, 143 SIGTERM. Nothing here imports a framework: `--help` is instant.
+Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the user's mistake, 141 the help's reader left,
+129 SIGHUP, 130 Ctrl-C, 143 SIGTERM: the signal that ended the command, at whatever moment; the last line names it.
+Nothing here imports a framework: `--help` is instant.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from harness.failures import MISTAKEN, USERS_MISTAKES, machine_says
+from harness.interruption import Interruption, Terminated
 from harness.surroundings import git_commit
 from recipe.config import UserError, expected, require
 from recipe.reading import short
@@ -31,6 +33,7 @@ DISTRIBUTION = "qwen-from-scratch"
 BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 LONGEST_LINE = 1500
 """Characters of an error's line; what is longer loses its middle."""
+INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader left
 FRAME = dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")
 OF_TORCH = ("torch", "transformers")
@@ -107,18 +110,20 @@ def version() -> str:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call `main` and return the exit code; a user's mistake, or what the machine refuses, becomes one line on stderr,
-    a bug keeps its traceback."""
+    """Call `main` and return the exit code; a signal, a user's mistake, or what the machine refuses, becomes one line
+    on stderr, a bug keeps its traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character shows a question mark.
     try:
-        code = main() or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with Interruption() as interruption, interruption.at_once():
+            code = main() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _last_line(INTERRUPTED, str(stop) or "interrupted")
+    except Terminated as stop:
+        return _last_line(stop.code, str(stop))
     except BrokenPipeError:
         try:
             print(flush=True)
@@ -139,13 +144,18 @@ def run(main: Callable[[], int | None]) -> int:
         if said is None:
             raise
         code, message = said
-    with contextlib.suppress(OSError):
-        print(f"error: {one_line(message)}", file=sys.stderr)
+    return _last_line(code, f"error: {one_line(message)}")
+
+
+def _last_line(code: int, line: str) -> int:
+    """Print the line on stderr after all that is still to come on stdout, whichever is gone; returns the code."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
         _close_output()
+    with contextlib.suppress(OSError):
+        print(short(line, len(line)), file=sys.stderr)
     return code
 
 
