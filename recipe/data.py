@@ -1,7 +1,8 @@
 """From documents to `batch(step)`: hold out, tokenise, cut into windows. The same bytes for both frameworks.
 
 The cache is plain: train.npy, validation.npy, tokenizer.json and manifest.json in a folder named by a hash of the
-corpus, the tokenizer and every option; it is built beside its place and renamed into it.
+corpus, the tokenizer and every option; it is built beside its place by one process at a time, forced to disk and
+renamed into it.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from recipe.config import DataConfig, UserError, require
 from recipe.corpus import Documents, load_documents
+from recipe.durable import make_folder, sync, sync_below
 from recipe.lock import locked
 from recipe.reading import read_json, short, take
 from recipe.tokenizer import Tokenizer, library_version, load_tokenizer, train_bpe
@@ -33,6 +36,8 @@ HELD_OUT_PLAYS = slice(9, None, 19)
 NEAR = 1000
 """Characters at most by which a cut moves to a blank line, the end of a line, or a space."""
 CHARACTERS_AT_ONCE = 2**20
+SECONDS_BETWEEN_LOOKS = 0.2
+"""How often a process that waits for another's cache entry looks whether it is there."""
 
 
 class Split(NamedTuple):
@@ -303,75 +308,134 @@ def _build(
 
     UserError if the cache cannot be written.
     """
-    if tokenizer is None:
-        tokenizer = train_bpe(split.train, config.bpe_vocab_size)
-    train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", show_progress=show_progress)
-    validation = encode_texts(tokenizer, split.validation, what="held-out text", show_progress=show_progress)
-    sample, tokens = (split.validation, validation) if split.validation else (split.train, train)
-    size = sum(len(text.encode()) for text in sample)
-    if config.max_tokens is not None and not split.validation:
-        size = len(tokenizer.decode(train.tolist()).encode())
-    manifest = {
-        "options": options,
-        "bytes_per_token": size / max(1, len(tokens)),
-        "vocab_size": tokenizer.vocab_size,
-        "train_tokens": len(train),
-        "validation_tokens": len(validation),
-    }
+    with contextlib.ExitStack() as building:
+        with _writing(folder.parent):
+            make_folder(folder.parent)
+            scratch = building.enter_context(_scratch(folder, show_progress))
+        found = _read_manifest(folder, options)
+        if found is not None:
+            return found
+        if tokenizer is None:
+            tokenizer = train_bpe(split.train, config.bpe_vocab_size)
+        progress = dict(show_progress=show_progress)
+        train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", **progress)
+        validation = encode_texts(tokenizer, split.validation, what="held-out text", **progress)
+        sample, tokens = (split.validation, validation) if split.validation else (split.train, train)
+        size = sum(len(text.encode()) for text in sample)
+        if config.max_tokens is not None and not split.validation:
+            size = len(tokenizer.decode(train.tolist()).encode())
+        manifest = {
+            "options": options,
+            "bytes_per_token": size / max(1, len(tokens)),
+            "vocab_size": tokenizer.vocab_size,
+            "train_tokens": len(train),
+            "validation_tokens": len(validation),
+        }
+        with _writing(folder.parent):
+            return _publish(folder, scratch, manifest, {"train": train, "validation": validation}, tokenizer)
+
+
+@contextlib.contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Turn what the system says against writing to the cache into one line."""
     try:
-        return _publish(folder, manifest, {"train": train, "validation": validation}, tokenizer)
+        yield
     except OSError as error:
         # NumPy's has no number: it tells how many values it could not write.
         reason = short(error.strerror or f"{error}, as if the disk were full")
         raise UserError(
-            f"the cache {short(str(folder.parent), 300)} cannot be written ({reason}); make room there, or pass "
-            "another place as --data.cache_dir."
+            f"the cache {short(str(cache), 300)} cannot be written ({reason}); make room there, or pass another place "
+            "as --data.cache_dir."
         ) from None
 
 
 def _publish(
-    folder: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray], tokenizer: Tokenizer
+    folder: Path, scratch: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Write the entry beside its place and rename it there, unless another process has been first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder.parent) as scratch:
-        for name, array in arrays.items():
-            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
-        tokenizer.save(scratch)
-        files = [file for file in sorted(scratch.rglob("*")) if file.is_file()]
-        manifest["sha256"] = {str(file.relative_to(scratch)): _file_hash(file) for file in files}
-        manifest["checksum"] = _checksum(manifest)
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        with locked(folder.parent, wait=True):
-            found = _read_manifest(folder, manifest["options"])
-            if found is not None:
-                return found
-            shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged entry
-            try:
-                scratch.rename(folder)
-            except OSError:  # another was first all the same, where there are no locks
-                found = _read_manifest(folder, manifest["options"])
-                if found is None:
-                    raise
-                return found
+    """Write the entry to the scratch folder and rename that into its place, unless another process has been first."""
+    for name, array in arrays.items():
+        np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+    tokenizer.save(scratch)
+    files = [file for file in sorted(scratch.rglob("*")) if file.is_file()]
+    manifest["sha256"] = {str(file.relative_to(scratch)): _file_hash(file) for file in files}
+    manifest["checksum"] = _checksum(manifest)
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync_below(scratch)
+    # Another may have been first, where there are no locks; what is no whole entry can only be a damaged one.
+    found = _read_manifest(folder, manifest["options"])
+    if found is not None:
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        found = _read_manifest(folder, manifest["options"])
+        if found is None:
+            raise
+        return found
+    sync(folder.parent)
     return manifest
 
 
 @contextlib.contextmanager
-def _scratch(cache: Path) -> Iterator[Path]:
-    """A folder of the cache to build in, gone at the end; those of builders that were killed go first."""
+def _scratch(folder: Path, show_progress: bool) -> Iterator[Path]:
+    """The folder beside an entry in which it is built, empty, by one process at a time; gone at the end.
+
+    Whoever comes second waits until it is the other's no more, because that one is done or dead.
+    """
     with contextlib.ExitStack() as building:
-        with locked(cache, wait=True):
-            for left in cache.glob(".building-*"):
-                with contextlib.suppress(OSError), locked(left) as abandoned:
-                    if abandoned:
-                        shutil.rmtree(left, ignore_errors=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
-            building.enter_context(locked(scratch))
+        scratch = _take_scratch(folder, building, show_progress)
+        if scratch is None:
+            scratch = _wait_for_scratch(folder, building, show_progress)
+        inode = scratch.stat().st_ino
         try:
             yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if scratch.stat().st_ino == inode:  # not renamed into its place, with another's here since
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_scratch(folder: Path, building: contextlib.ExitStack, show_progress: bool) -> Path | None:
+    """The scratch folder of an entry, held by `building`; None if another process has it.
+
+    What builders that were killed left goes first, of any entry. Where there are no locks, each has a folder of its own.
+    """
+    cache = folder.parent
+    scratch = cache / f".building-{folder.name}"
+    with locked(cache, wait=True) as sure:
+        if sure is None:
+            if show_progress:
+                where = short(str(cache), 300)
+                print(f"note: {where} has no locks, so nobody can tell who else builds there", file=sys.stderr)
+            return Path(tempfile.mkdtemp(prefix=f"{scratch.name}-", dir=cache))
+        for left in cache.glob(".building-*"):
+            with contextlib.suppress(OSError), locked(left) as abandoned:
+                if abandoned:
+                    shutil.rmtree(left, ignore_errors=True)
+        try:
+            scratch.mkdir()
+        except FileExistsError:  # of one that lives
+            return None
+        building.enter_context(locked(scratch))
+        return scratch
+
+
+def _wait_for_scratch(folder: Path, building: contextlib.ExitStack, show_progress: bool) -> Path:
+    """The scratch folder of an entry once the process that has it is done or dead, with a line for what is waited."""
+    line = f"waiting for another process, which tokenises the same text for {short(str(folder), 300)}"
+    hidden = None if show_progress else True
+    with tqdm(desc=line, bar_format="{desc}: {elapsed}", disable=hidden) as bar:
+        since, said, scratch = time.monotonic(), -1, None
+        while scratch is None:
+            minutes = int(time.monotonic() - since) // 60
+            if show_progress and bar.disable and minutes > said:
+                said = minutes
+                print(f"{line}: {minutes} min so far" if minutes else line, file=sys.stderr)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            bar.refresh()
+            scratch = _take_scratch(folder, building, show_progress)
+    return scratch
 
 
 def encode_texts(

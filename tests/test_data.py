@@ -3,6 +3,7 @@
 import errno
 import json
 import multiprocessing
+import random
 import shutil
 import socket
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import recipe.data
 from parity_tests.compare.tolerance import check
 from recipe.baselines import ngram_baselines
 from recipe.config import DataConfig, UserError
@@ -18,6 +20,7 @@ from recipe.contract import UNIT_ROUNDOFF
 from recipe.corpus import Documents, load_documents
 from recipe.data import NEAR, cache_folder, prepare, split_documents
 from recipe.lock import fcntl, locked
+from recipe.reading import read_json
 from recipe.tokenizer import load_tokenizer, train_bpe
 
 SHAPE = dict(accumulation=2, batch_size=3, sequence_length=5)
@@ -182,6 +185,39 @@ def test_a_flipped_bit_in_the_cache_is_noticed(config, tmp_path, name):
         assert (entry / name).read_bytes() == whole, "built again"
 
 
+def test_no_bit_of_an_entry_can_flip_unseen(config, tmp_path, monkeypatch):
+    """Any of 300 drawn over all files, in proportion to their sizes, and each kind of file among them."""
+    before = load(config)
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = {file.name: file.read_bytes() for file in sorted(entry.iterdir())}
+    kept = tmp_path / "kept"
+    shutil.copytree(entry, kept)
+    built, build = [], recipe.data._build
+
+    def restore(folder, *args):
+        """Build again, as the product would, without tokenising 300 times."""
+        built.append(folder)
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        return read_json(folder / "manifest.json")
+
+    monkeypatch.setattr("recipe.data._build", restore)
+    places = [(name, bit) for name, data in whole.items() for bit in range(8 * len(data))]
+    drawn = random.Random(0).sample(places, 300)
+    assert {name for name, _ in drawn} == set(whole)
+    for name, bit in drawn:
+        data = bytearray(whole[name])
+        data[bit // 8] ^= 1 << bit % 8
+        (entry / name).write_bytes(data)
+        again = load(config)
+        assert built.pop() == entry, f"{name}, bit {bit}"
+        np.testing.assert_array_equal(again.train_tokens, before.train_tokens)
+    monkeypatch.setattr("recipe.data._build", build)
+    (entry / "manifest.json").write_bytes(b"x" + whole["manifest.json"])
+    load(config)
+    assert {file.name: file.read_bytes() for file in entry.iterdir()} == whole
+
+
 def build_together(config, barrier, answers):
     barrier.wait()
     try:
@@ -213,10 +249,10 @@ def test_builders_of_one_entry_do_not_disturb_each_other(config, tmp_path):
         assert [path.name for path in cache.iterdir()] == [path.name for path in (tmp_path / "other").iterdir()]
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
-def test_whoever_is_second_takes_what_the_first_has_built(config, tmp_path, monkeypatch, locks):
-    if not locks:
-        monkeypatch.setattr("recipe.lock.fcntl", None)
+def test_whoever_is_second_takes_what_the_first_has_built_where_there_are_no_locks(
+    config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("recipe.lock.fcntl", None)
     original, inodes = np.save, []
 
     def save(file, *args, **kwargs):
@@ -226,9 +262,10 @@ def test_whoever_is_second_takes_what_the_first_has_built(config, tmp_path, monk
         return original(file, *args, **kwargs)
 
     monkeypatch.setattr("recipe.data.np.save", save)
-    load(config)
+    prepare(config, seed=0, show_progress=True)
     (entry,) = (tmp_path / "cache").iterdir()
     assert inodes == [(entry / "train.npy").stat().st_ino], "the first one's entry stays"
+    assert "has no locks, so nobody can tell who else builds there" in capsys.readouterr().err
 
 
 FULL = {
@@ -239,9 +276,11 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("call", ["np.save", "json.dumps", "tempfile.mkdtemp"])
+@pytest.mark.parametrize(
+    "call", ["np.save", "json.dumps", "Path.mkdir", "make_folder", "sync_below", "sync", "Path.rename"]
+)
 @pytest.mark.parametrize("case", FULL)
-def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch, case, call):
+def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nobody(config, tmp_path, monkeypatch, case, call):
     original, calls = eval(f"recipe.data.{call}", {"recipe": __import__("recipe.data")}), []
 
     def fail(*args, **kwargs):
@@ -254,7 +293,8 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_leaves_nothing(config, t
     wanted = KeyboardInterrupt if case == "interrupted" else UserError
     with pytest.raises(wanted) as caught:
         load(config)
-    assert calls and not list((tmp_path / "cache").iterdir())
+    left = list((tmp_path / "cache").glob("*"))
+    assert calls and (call == "sync" or not left) and not [path for path in left if path.name.startswith(".")]
     if wanted is UserError:
         assert "cannot be written (" in str(caught.value) and "--data.cache_dir" in str(caught.value)
     monkeypatch.undo()
@@ -279,6 +319,27 @@ def test_a_lock_is_for_one_and_leaves_nothing(tmp_path):
     with locked(tmp_path) as again:
         assert again is first
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(fcntl is None, reason="needs locks")
+@pytest.mark.parametrize("there", [True, False], ids=["another", "none"])
+def test_a_folder_that_lost_its_name_while_it_was_waited_for_is_not_held(tmp_path, monkeypatch, there):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flock = fcntl.flock
+
+    def late(handle, operation):
+        folder.rename(tmp_path / "moved")
+        if there:
+            folder.mkdir()
+        flock(handle, operation)
+
+    monkeypatch.setattr("recipe.lock.fcntl.flock", late)
+    with pytest.raises(FileNotFoundError), locked(folder):
+        pytest.fail("held")
+    monkeypatch.undo()
+    with locked(tmp_path / "moved") as free:
+        assert free
 
 
 def test_without_a_home_folder_the_cache_asks_for_one(monkeypatch):
