@@ -5,16 +5,26 @@ A framework offers a `Trainer`; everything here is NumPy and the same for both, 
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
+from harness.divergence import (
+    Diagnosis,
+    LossWatch,
+    Rollback,
+    batch_index,
+    next_rollback,
+    rolled_back,
+    save_evidence,
+    summary,
+)
+from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.interruption import Interruption
@@ -28,10 +38,21 @@ from harness.preflight import (
     disk_need,
     is_begun,
 )
-from harness.resuming import mend_best, newest_sound, text_again
-from harness.runlog import RunLog, check_tensorboard, read_metrics
+from harness.records import lacks_validation
+from harness.resuming import last_good, mend_best, newest_sound, text_again
+from harness.runlog import RunLog, check_tensorboard
 from harness.saving import Saver, Snapshot
-from harness.state import TrainingState, find_state, keep_newest, load_state, place_of_last, save_state
+from harness.state import (
+    TrainingState,
+    clear_scratch,
+    find_state,
+    keep_newest,
+    load_state,
+    place_of_last,
+    save_state,
+    set_apart,
+)
+from harness.surroundings import config_differences, differences
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
@@ -74,6 +95,9 @@ class Trainer(Protocol):
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
+
+    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> Diagnosis:
+        """Norms and finiteness of everything in an update on this batch; changes nothing."""
 
     def profile(self, folder: Path) -> contextlib.AbstractContextManager:
         """Trace the updates made inside into the folder."""
@@ -118,6 +142,10 @@ def run(config: RunConfig, *, framework: str, make_trainer) -> None:
         _Run(config, framework, make_trainer, interruption, alone).run()
 
 
+class _Stopping(Exception):
+    """Breaks off an evaluation."""
+
+
 class _Run:
     """One run from its first look at the folder to its picture."""
 
@@ -129,15 +157,16 @@ class _Run:
         self.folder = Path(config.out)
         self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}"
         self.position, self.best = 0, math.inf
+        self.rollbacks: tuple[Rollback, ...] = ()
+        self.begun = False
+        """Whether the folder has a run that was killed before its first save, which this one begins again."""
         self.state: TrainingState | None = None
         """What the run goes on from, if it does."""
 
     def run(self) -> None:
         """All of it."""
         interruption, folder = self.interruption, self.folder
-        again = "go on with" if self.config.resume else "nothing was learnt yet; begin again with"
-        interruption.remedy = f"{again} the same command"
-        interruption.where = "while reading the text"
+        interruption.where, interruption.remedy = "while reading the text", self._again()
         with interruption.at_once():
             chosen = self._hold() if self.config.resume else None
             self.dataset = self._read(chosen)
@@ -145,23 +174,23 @@ class _Run:
             self.trainer = self._go_on() if self.config.resume else self._begin()
             baselines = ngram_baselines(self.dataset)
         about = dict(framework=self.framework, environment=self.trainer.environment)
-        resume_at = self.position if self.state else None
-        with RunLog(folder, self.config, **about, resume_at=resume_at) as self.log, Saver() as self.saver:
+        how = {"resume_at": self.position} if self.state else {"again": self.begun}
+        with RunLog(folder, self.config, **about, **how) as self.log, Saver() as self.saver:
             self.log.header(describe(self.config, self.trainer.environment))
             self.log.header(_describe_data(self.config, self.dataset))
             self.log.header([f"disk       {disk_need(self.config)}"])
             if self.state is not None:
-                state = self.state
-                self.log.header(
-                    [f"resumed    after step {self.position}: {state.updates} updates, {state.skipped} skipped"]
-                )
+                self.log.header(self._describe_resumed(self.state))
             else:
                 self.log.log_baselines(baselines, self.dataset.bytes_per_token)
-            self._optimize()
+            while reason := self._optimize():
+                self._roll_back(reason)
             self.saver.wait()
+            interruption.where = "after the last update"
             if interruption.signal is not None:
                 interruption.leave()
-            self._check_outcome()
+            if not math.isfinite(self.best):
+                self._fail("no validation loss was finite")
             with interruption.at_once():
                 self.log.header(self._samples())
                 picture = folder / "loss.png"
@@ -170,13 +199,17 @@ class _Run:
         kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
         print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
 
+    def _again(self) -> str:
+        """How to go on with a run that has no state of its own yet."""
+        return f"go on with: {self.resume_command}" if self.config.resume else "the same command begins it again"
+
     def _hold(self) -> Path:
         """Hold the folder to go on in, and look for its newest state."""
         find_state(self.folder)
         self.alone.enter_context(_alone(self.folder))
         chosen = find_state(self.folder)
-        finished = load_state(chosen).position == self.config.steps and (self.folder / "loss.png").exists()
-        require(not finished, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
+        complete = load_state(chosen).position == self.config.steps and finished(self.folder, self.config)
+        require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
         return chosen
 
     def _read(self, chosen: Path | None) -> Dataset:
@@ -189,7 +222,8 @@ class _Run:
             dataset = prepare(config.data, seed=config.seed, show_progress=True)
             if not config.init:
                 self.config = config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
-            if is_begun(folder):
+            self.begun = is_begun(folder)
+            if self.begun:
                 check_begun(config)
         require(
             dataset.tokenizer.vocab_size <= config.model.vocab_size,
@@ -210,80 +244,165 @@ class _Run:
         trainer = self.make_trainer(config, weights)
         make_folder(self.folder)
         self.alone.enter_context(_alone(self.folder))
+        if self.begun:
+            clear_scratch(self.folder)
+            if (self.folder / "best").exists():
+                set_apart(self.folder, self.folder / "best", "undone")
         return trainer
 
     def _go_on(self) -> Trainer:
         """A trainer on the newest sound state, and best/ looked at."""
-
-        def restore(state: TrainingState) -> Trainer:
-            trainer = self.make_trainer(self.config, state.weights)
-            trainer.restore(state.slots, state.updates, state.skipped)
-            return trainer
-
-        trainer, self.state = newest_sound(self.config, restore)
+        trainer, self.state = newest_sound(self.config, self._restore)
         keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
-        self.position, self.best = self.state.position, self.state.best
+        self.position, self.best, self.rollbacks = self.state.position, self.state.best, self.state.rollbacks
         if math.isfinite(self.best):
             self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
         return trainer
 
-    def _optimize(self) -> None:
-        """All updates from the run's position on, with evaluations and saves between."""
+    def _restore(self, state: TrainingState, rollbacks: Sequence[Rollback] | None = None) -> Trainer:
+        """A trainer where the state left one, at the rates of these rollbacks or of the state's."""
+        config = rolled_back(self.config, state.rollbacks if rollbacks is None else rollbacks)
+        trainer = self.make_trainer(config, state.weights)
+        trainer.restore(state.slots, state.updates, state.skipped)
+        return trainer
+
+    def _describe_resumed(self, state: TrainingState) -> list[str]:
+        """Where the run goes on, and what is not as it was when the state was written."""
+        lines = [f"resumed    after step {state.position}: {state.updates} updates, {state.skipped} skipped"]
+        lines += differences(state.about, self.log.about)
+        lines += config_differences(state.config, self.config)
+        if state.rollbacks:
+            lines.append(
+                f"rollbacks  {len(state.rollbacks)}, the last one because {short(state.rollbacks[-1].reason, 300)}"
+            )
+        return lines
+
+    def _optimize(self) -> str | None:
+        """All updates from the run's position on, with evaluations and saves between; why they are of no use, if so."""
         config, interruption, log = self.config, self.interruption, self.log
+        watch = self.watch = LossWatch(config, log.records, skipped=self.trainer.counts()[1])
+        if reason := watch.verdict():
+            return reason
         first = self.position + 1
-        skipped, in_a_row = _skipped_in_a_row(self.folder) if self.position else (0, 0)
-        too_many = f"{config.max_skipped} updates in a row were skipped: their gradients were not finite"
         if self.position == 0:
-            self._evaluate(0)
-        if self.position == config.steps and in_a_row >= config.max_skipped:
-            self._fail(too_many)
-        pending, since = [], time.perf_counter()
+            with interruption.at_once():
+                self._evaluate(0)
+        elif (
+            self._evaluation_due(self.position)
+            and lacks_validation(log.records, self.position)
+            and self._evaluate(self.position)
+        ):
+            self._save(best=True, state=True)
+        pending, since, overdue = [], time.perf_counter(), False
         for step in _traced(range(first, config.steps + 1), config, self.trainer):
             # Until the first update is done, which is compiled before, nothing is lost by leaving.
             with interruption.at_once() if step == first else contextlib.nullcontext():
                 pending.append((step, self.trainer.step(*self._batch(step))))
             self.saver.look()
             stopping, last = interruption.signal is not None, step == config.steps
-            evaluating = last or step % config.eval_every == 0
-            saving = last or stopping or step % config.save_every == 0
+            evaluating = self._evaluation_due(step)
+            overdue = overdue or step % config.save_every == 0
             # Reading a result waits for the device, so several updates are read at once where they are fast.
             due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
-            if evaluating or saving or due or step == first or step % config.log_every == 0:
-                records: list[tuple[int, dict[str, Any]]]
-                failing = False
-                records = [(done, {name: float(x) for name, x in metrics.items()}) for done, metrics in pending]
-                seconds = (time.perf_counter() - since) / len(records)
-                for done, metrics in records:
-                    log.log_step(step=done, seconds=seconds, tokens=config.tokens_per_step, **metrics)
-                    in_a_row = in_a_row + 1 if metrics["skipped"] > skipped else 0
-                    skipped = metrics["skipped"]
-                    failing = failing or in_a_row >= config.max_skipped
-                pending = []
-                self.position = step
-                interruption.where = f"after step {step}"
-                interruption.remedy = f"go on with: {self.resume_command}"
-                better = evaluating and self._evaluate(step)
-                if better or saving or failing:
-                    self._save(best=better, state=saving or failing)  # After its step's records.
-                if failing:
-                    self.saver.wait()
-                    self._fail(too_many)
-                since = time.perf_counter()
-            if interruption.signal is not None:
-                if self.position < step or not saving:
-                    continue
+            if not (evaluating or overdue or stopping or due or step == first or step % config.log_every == 0):
+                continue
+            reason = self._record(pending, time.perf_counter() - since)
+            pending, self.position = [], step
+            interruption.where, interruption.remedy = f"after step {step}", f"go on with: {self.resume_command}"
+            if reason is not None:
+                return reason
+            better = evaluating and self._evaluate(step)
+            stopping = stopping or interruption.signal is not None
+            # A state is not given up for one that may have gone wrong, unless it is the last that can be written.
+            saving = stopping or last or (overdue and watch.since is None)
+            if better or saving:
+                self._save(best=better, state=saving)  # After its step's records.
+                overdue = overdue and not saving
+            if stopping and not last:
                 self.saver.wait()
                 interruption.leave()
+            since = time.perf_counter()
+        return None
+
+    def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
+        """Log these updates, which took so long in all; why the run is to stop, if it is."""
+        reason = None
+        for step, metrics in [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]:
+            self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
+            self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
+            reason = reason or self.watch.verdict()
+        return reason
+
+    def _roll_back(self, reason: str) -> None:
+        """Keep the evidence of a divergence, and go back to the last sound state and on with other batches at smaller
+        rates; or end the run, if it is not to do that, has done it too often, or has no such state.
+        """
+        config, watch = self.config, self.watch
+        self.saver.wait()
+        began = watch.since or watch.step
+        diagnosis: Diagnosis | str
+        try:
+            diagnosis = self.trainer.diagnose(*self._batch(began))
+        except Exception as error:  # whatever is wrong with it, the reason to stop matters more
+            diagnosis = f"{type(error).__name__}: {error}"
+        good = last_good(self.folder, before=began)
+        file = save_evidence(
+            rolled_back(config, self.rollbacks),
+            watch,
+            reason,
+            diagnosis,
+            updates=self.trainer.counts()[0],
+            last_good=None if good is None else (str(good[0]), good[1]),
+            rollbacks=self.rollbacks,
+            about=self.log.about,
+        )
+        self.log.header([summary(watch, reason, diagnosis, file, rollbacks=self.rollbacks)])
+
+        def again(to: int | None) -> Rollback | None:
+            return next_rollback(config, self.rollbacks, step=self.position, to=to, reason=reason)
+
+        rollback = again(None if good is None else good[1])
+        if rollback is None:
+            self._fail(reason)
+        del self.trainer  # Its memory is the next one's.
+        slower = (*self.rollbacks, rollback)
+        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=began)
+        rollback = again(state.position)  # A state that was good by its headers may have been damaged.
+        assert rollback is not None, "the answer does not depend on the state"
+        self.rollbacks, self.position = (*self.rollbacks, rollback), state.position
+        self._save(best=False, state=True)
+        self.saver.wait()
+        self.log.rollback(state.position, dataclasses.asdict(rollback))
+        rates = rolled_back(config, self.rollbacks)
+        said = f"rolled back to step {state.position}; update {state.position + 1} reads batch "
+        said += (
+            f"{batch_index(state.position + 1, self.rollbacks)}, and the rates are {rates.muon.learning_rate:.3g} and "
+        )
+        said += f"{rates.adamw.learning_rate:.3g} ({len(self.rollbacks)} of {config.max_rollbacks} rollbacks)"
+        self.log.header([said])
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of an update."""
-        return self.dataset.batch(step - 1, **_batch_shape(self.config))
+        return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config))
+
+    def _evaluation_due(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.eval_every == 0
+
+    def _until_stopped(self, batches: Iterable) -> Iterator:
+        """The batches of an evaluation, which a signal breaks off: the run that goes on makes it again."""
+        for batch in batches:
+            if self.interruption.signal is not None:
+                raise _Stopping
+            yield batch
 
     def _evaluate(self, step: int) -> bool:
         """Measure and record; whether the weights are the best so far, which then must be kept."""
         config, dataset = self.config, self.dataset
         batches = dataset.validation_batches(config.batch_size, config.sequence_length, config.data.validation_tokens)
-        loss, accuracy = self.trainer.evaluate(batches)
+        try:
+            loss, accuracy = self.trainer.evaluate(self._until_stopped(batches))
+        except _Stopping:
+            return False
         bits_per_byte = loss / math.log(2) / dataset.bytes_per_token
         perplexity = math.exp(loss) if loss < 700 else math.inf
         self.log.log_validation(
@@ -300,7 +419,7 @@ class _Run:
         """Write the best weights, the last state, or both, as they are now, beside the updates to come."""
         config, folder, tokenizer, log = self.config, self.folder, self.dataset.tokenizer, self.log
         kept = dataclasses.replace(config, resume="")
-        lowest, text, step = self.best, self.dataset.fingerprint, self.position
+        lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
         snapshot = self.trainer.snapshot().checked(self.saver.check)
 
@@ -312,21 +431,13 @@ class _Run:
                 save_folder(folder / "best", config.model, snapshot.weights, tokenizer, about=about)
             if state:
                 values = TrainingState(
-                    kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text
+                    kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
                 )
                 aside = place_of_last(folder, values.position, config.keep)
                 save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
                 keep_newest(folder, config.keep)
 
         self.saver.submit(write)
-
-    def _check_outcome(self) -> None:
-        """End the process with exit code 1 if no update was applied, or if no evaluation gave a number."""
-        updates, skipped = self.trainer.counts()
-        if updates == 0:
-            self._fail(f"no update was applied: the gradients of all {skipped} were not finite")
-        if not math.isfinite(self.best):
-            self._fail("no validation loss was finite")
 
     def _fail(self, reason: str) -> NoReturn:
         """One line on stderr and exit code 1; names the folders that are there."""
@@ -377,13 +488,6 @@ def _describe_data(config: RunConfig, dataset: Dataset) -> list[str]:
         f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, "
         f"split {config.data.split}"
     ]
-
-
-def _skipped_in_a_row(folder: Path) -> tuple[int, int]:
-    """Updates skipped so far, by a run's log, and how many of them since the last one that was applied."""
-    counts = [0, *(record.get("skipped", 0) for record in read_metrics(folder) if record["kind"] == "train")]
-    rising = [after > before for before, after in itertools.pairwise(counts)]
-    return counts[-1], sum(1 for _ in itertools.takewhile(bool, reversed(rising)))
 
 
 def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterator[int]:

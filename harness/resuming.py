@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from harness.folders import load_folder, save_folder
 from harness.manifest import check_files
-from harness.runlog import read_metrics
+from harness.records import readable_records
 from harness.state import OtherVersion, TrainingState, clear_scratch, load_state, set_apart, state_folders
 from harness.tensors import Damaged
 from recipe.config import RunConfig, UserError, require
@@ -89,6 +89,16 @@ def newest_sound(
     raise UserError(f"--resume {run} holds no sound state: {reasons}.")
 
 
+def last_good(run: Path, *, before: int) -> tuple[Path, int] | None:
+    """The newest state before that position that looks whole by all but its arrays, and its position."""
+    for folder in state_folders(run):
+        with contextlib.suppress(UserError, OSError):
+            position = load_state(folder).position
+            if position < before:
+                return folder, position
+    return None
+
+
 def mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> float:
     """The loss of the weights in best/, once every byte of them is seen to be as it was written.
 
@@ -107,7 +117,7 @@ def mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> 
         reason = short(str(error), 300)
     if os.path.lexists(best):
         set_apart(folder, best, "damaged")
-    records = [record for record in read_metrics(folder) if record["kind"] == "validation"]
+    records = [record for record in readable_records(folder) if record["kind"] == "validation"]
     if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
         about = {"step": state.position, "validation_loss": state.best}
         save_folder(best, config.model, state.weights, tokenizer, about=about)

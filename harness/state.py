@@ -6,6 +6,7 @@ it (docs/weights.md). A run folder has its newest state in last/ and the ones be
 """
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.divergence import Rollback, read_rollbacks
 from harness.folders import load_folder, replacing, set_aside, write_weights_folder
 from harness.manifest import FORMAT, RUN, is_sealed, manifest_of, remedy, seal, with_checks
 from harness.tensors import Damaged, StoredTensors, dtype_problems, read_header, write_tensors
@@ -56,6 +58,10 @@ class TrainingState:
     """Lowest validation loss so far, in nats per token; infinite before the first."""
     text: str
     """`Dataset.fingerprint` of what it is trained on."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Returns to earlier states so far, which move the data and lower the rates."""
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """All that run.json says, of a state that was read."""
 
     @property
     def position(self) -> int:
@@ -86,6 +92,7 @@ def save_state(
             "seed": state.config.seed,
             "best_validation_loss": state.best if math.isfinite(state.best) else None,
             "training_text": state.text,
+            "rollbacks": [dataclasses.asdict(rollback) for rollback in state.rollbacks],
             "config": to_dict(state.config),
         }
         seal(scratch, RUN, values, written)
@@ -132,6 +139,8 @@ def load_state(folder: Path) -> TrainingState:
         skipped=values["skipped"],
         best=math.inf if values["best_validation_loss"] is None else values["best_validation_loss"],
         text=values["training_text"],
+        rollbacks=read_rollbacks(values, str(Path(folder) / RUN)),
+        about=values,
     )
 
 
@@ -166,6 +175,7 @@ def _read_values(values: dict, file: Path) -> RunConfig:
         f"{file.parent}: {updates} updates and {skipped} skipped ones do not make position {position}; use another "
         "copy of the state.",
     )
+    read_rollbacks(values, where)
     require(best is None or math.isfinite(best), f"{where}: best_validation_loss={best} is no number; mend it there.")
     return config
 
