@@ -107,10 +107,11 @@ def with_checks(entries: dict[str, StoredTensor], files: Mapping[str, Mapping] |
     if files is None:
         return entries
     known = {file: values.get("tensors", {}) for file, values in files.items()}
-    return {
-        name: entry._replace(crc=known.get(entry.file.name, {}).get(name), remedy=remedy(entry.file.parent))
-        for name, entry in entries.items()
-    }
+
+    def checked(name: str, entry: StoredTensor) -> StoredTensor:
+        return entry._replace(crc=known.get(entry.file.name, {}).get(name), name=name, remedy=remedy(entry.file.parent))
+
+    return {name: checked(name, entry) for name, entry in entries.items()}
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

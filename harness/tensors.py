@@ -60,6 +60,8 @@ class StoredTensor(NamedTuple):
     offset: int
     crc: str | None = None
     """CRC-32 of its bytes, by which `StoredTensors` know them."""
+    name: str = ""
+    """Its name in the file, for a message."""
     remedy: str = "Fetch or save it again"
 
     @property
@@ -119,7 +121,7 @@ class StoredTensors(Mapping[str, np.ndarray]):
         entry = self.entries[name]
         array = entry.read(0, math.prod(entry.shape))
         if entry.crc not in (None, as_hex(zlib.crc32(array.view(np.uint8)))):
-            raise Damaged(f"{entry.file} is not what was written: {name} has another CRC-32. {entry.remedy}.")
+            raise Damaged(f"{entry.file} is not what was written: {entry.name} has another CRC-32. {entry.remedy}.")
         self._progress(entry.nbytes)
         return array.reshape(entry.shape)
 
