@@ -1,9 +1,14 @@
 """The log of a run: run.json, metrics.jsonl, TensorBoard events if asked for, lines or a bar on the terminal."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.records import cut_log, is_finite, read_record
 from harness.surroundings import surroundings
 from recipe.config import RunConfig, UserError, require, to_dict
-from recipe.reading import kind_of, parse_json, take
+from recipe.durable import make_folder, sync, write_whole
 
 
 def step_line(
@@ -52,33 +58,36 @@ class RunLog:
         framework: str,
         environment: dict[str, Any],
         resume_at: int | None = None,
+        again: bool = False,
     ) -> None:
         """Make the folder and write run.json; `environment` holds at least "device". Never overwrites a run.
 
-        With `resume_at` go on with a run's log after that step; its later records go to undone.jsonl.
+        With `resume_at` go on with a run's log after that step, whatever has become of the log; later records go to
+        undone.jsonl. With `again` begin anew in the folder of a run that never saved a state, whose records go there.
         """
         self.folder = Path(folder)
         self._config = config
         self._steps = config.steps
+        self._lock = threading.Lock()
         self._first, self._last_step, self._tokens, self._elapsed = True, 0, 0, 0.0
         self.about = about = {"framework": framework, **surroundings(), "environment": environment}
-        lacking = ""
-        if resume_at is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "run.json", "x", encoding="utf-8") as file:
-                json.dump(about | {"config": to_dict(config)}, file, indent=2, allow_nan=False)
-                file.write("\n")
-            self._metrics = open(self.folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        if resume_at is not None:
+            cut = cut_log(self.folder, resume_at)
         else:
-            trained = [record for record in _undo(self.folder, resume_at) if record["kind"] == "train"]
-            if count := resume_at - len({record["step"] for record in trained}):
-                lacking = f"log        metrics.jsonl lacks {count:,} of the {resume_at:,} training records before step "
-                lacking += f"{resume_at + 1}: it was damaged or cut; the run goes on without them"
-            self._last_step, self._tokens = resume_at, resume_at * config.tokens_per_step
-            if trained:
-                where = f"the last training record in {self.folder / 'metrics.jsonl'}"
-                self._elapsed = take(trained[-1], "seconds", float, where)
-            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            if not again:
+                _refuse_to_overwrite(self.folder)
+            make_folder(self.folder)
+            text = json.dumps(about | {"config": to_dict(config)}, indent=2, allow_nan=False)
+            write_whole(self.folder / "run.json", text.encode() + b"\n")
+            cut = cut_log(self.folder, -1)
+            if again:
+                for events in self.folder.glob("events.out.tfevents.*"):
+                    events.unlink()  # TensorBoard would draw both runs as one
+        self.records = cut.records
+        """What the log held when the run began or went on, in order; later records are not added."""
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        if resume_at is not None:
+            self._stand_at(resume_at)
             self._write({"kind": "resume", "step": resume_at} | about)
         first_step = 0 if resume_at is None else resume_at + 1
         self._events = EventFile(self.folder, first_step) if config.tensorboard else None
@@ -86,8 +95,48 @@ class RunLog:
         self._bar = tqdm(total=config.steps, initial=self._last_step, **progress)
         self._show_lines = self._bar.disable or not sys.stdout.isatty()
         self._since_line = _Interval()
-        if lacking:
-            self._print(lacking)
+        if again:
+            of = "of a run that ended before its first save"
+            self._print(f"again      begun anew; undone.jsonl has the {cut.undone:,} records {of}")
+        if cut.said:
+            self._print(cut.said)
+
+    def _stand_at(self, step: int) -> None:
+        """Count from the step on, after which `records` end."""
+        trained = [record for record in self.records if record["kind"] == "train"]
+        self._last_step, self._tokens = step, step * self._config.tokens_per_step
+        self._elapsed = trained[-1]["seconds"] if trained else 0.0
+
+    def rollback(self, step: int, values: Mapping[str, Any]) -> None:
+        """Go back to a step: its later records go to undone.jsonl, and a record of kind rollback says why."""
+        with self._lock:
+            self._metrics.close()
+            cut = cut_log(self.folder, step)
+            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self.records = cut.records
+        self._stand_at(step)
+        self._first, self._since_line = True, _Interval()  # a trainer made anew compiles again
+        self._write({"kind": "rollback", "step": step} | _finite(values))
+        if self._events is not None:
+            self._events.close()
+            self._events = EventFile(self.folder, step + 1)
+        if not self._bar.disable:
+            self._bar.n = self._bar.last_print_n = step
+            self._bar.initial = min(self._bar.initial, step)
+            self._bar.refresh()
+        if cut.said:
+            self._print(cut.said)
+
+    def sync(self) -> None:
+        """Force the records so far to disk; any thread may ask for it while another one logs.
+
+        Events are left out: they repeat the records.
+        """
+        with self._lock:
+            if not self._metrics.closed:
+                self._metrics.flush()
+        with contextlib.suppress(FileNotFoundError):  # a log that somebody removes costs no state
+            sync(self.folder / "metrics.jsonl")
 
     def header(self, lines: list[str]) -> None:
         """Print lines above the progress: the configuration, counts, device."""
@@ -115,7 +164,7 @@ class RunLog:
         self._last_step = step
         self._tokens += tokens
         self._elapsed += seconds
-        tok_s = None if first else tokens / seconds
+        tok_s = None if first or seconds == 0 else tokens / seconds
         values: dict[str, Any]
         values = {"loss": float(loss), "grad_norm": float(grad_norm), "lr": float(lr), "skipped": int(skipped)}
         timing = {"tok_s": tok_s, "dt_ms": 1e3 * seconds / updates}
@@ -165,14 +214,15 @@ class RunLog:
 
     def _record(self, kind: str, step: int, **values: float | int | None) -> None:
         """One flushed line of JSON, in which a value that is not finite is null, and the same values as events."""
-        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        self._write({"kind": kind, "step": step} | dict.fromkeys(values) | finite)
+        finite = _finite(values)
+        self._write({"kind": kind, "step": step} | finite)
         if self._events is not None:
-            self._events.add_scalars(step, {f"{kind}/{name}": value for name, value in finite.items()})
+            self._events.add_scalars(step, {f"{kind}/{name}": x for name, x in finite.items() if x is not None})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        with self._lock:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
 
     def _print(self, line: str) -> None:
         if self._bar.disable:
@@ -238,8 +288,8 @@ class _Interval:
         self.tokens += tokens
 
     @property
-    def tok_s(self) -> float:
-        return self.tokens / self.seconds
+    def tok_s(self) -> float | None:
+        return None if self.seconds == 0 else self.tokens / self.seconds
 
     @property
     def dt_ms(self) -> float:
@@ -253,27 +303,24 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist; give a run folder of train_jax.py or train_torch.py.")
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        where = f"line {number} of {path}"
         try:
-            record = parse_json(line, where)
-            require(isinstance(record, dict), f"{where} holds {kind_of(record)}, not a JSON object")
-            for name, hint in (("kind", str), ("step", int)):
-                take(record, name, hint, where)
+            records.append(read_record(line, f"line {number} of {path}"))
         except UserError as error:
             remedy = "The log is damaged; mend the line, or move the file away: a run goes on without it."
             raise UserError(f"{str(error).partition(';')[0]}. {remedy}") from None
-        records.append(record)
     return records
 
 
-def _undo(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to the step, which alone stay in metrics.jsonl; later ones are moved to undone.jsonl."""
-    records = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    kept, undone = ([record for record in records if (record["step"] > step) == later] for later in (False, True))
-    if undone:
-        with open(folder / "undone.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in undone)
-    scratch = folder / ".metrics.jsonl"
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    scratch.replace(folder / "metrics.jsonl")
-    return kept
+def _finite(value: Any) -> Any:
+    """The value with None for every number that JSON cannot hold, or that overflows float64."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, int | float) and not is_finite(value) else value
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    for name in ("run.json", "metrics.jsonl"):
+        if os.path.lexists(folder / name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder / name))

@@ -165,7 +165,7 @@ def test_a_damaged_line_of_the_log_is_told(case, tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:6], LINES[case] + b"\n", *lines[6:]]))
-    for use in (read_metrics, lambda run: plot_runs([run], tmp_path / "o.png"), resume):
+    for use in (read_metrics, lambda run: plot_runs([run], tmp_path / "o.png")):
         with pytest.raises(
             UserError, match=r"line 7 of .*metrics\.jsonl.* The log is damaged; mend the line"
         ) as caught:
