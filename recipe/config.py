@@ -396,7 +396,23 @@ class RunConfig:
     sample_tokens: int = 100
     """Tokens per sample; 0 writes none."""
     max_skipped: int = 20
-    """Updates skipped in a row, because their gradients were not finite, after which the run ends with an error."""
+    """Updates skipped in a row, because their gradients were not finite, after which `on_divergence` acts. Never more
+    than half of a run's updates, rounded up."""
+    divergence_factor: float = 3.0
+    """A training loss above this many times its running median, or not finite, counts as diverging. A median below 1
+    nat counts as 1."""
+    max_diverging: int = 20
+    """Updates of diverging loss in a row after which `on_divergence` acts. Never more than half of a run's updates,
+    rounded up."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop ends the run with an error and leaves its evidence in divergence-N.json; rollback leaves it too, returns to
+    the last sound state and goes on with the batches after the bad ones, at smaller rates."""
+    max_rollbacks: int = 3
+    """Rollbacks of one run; the next divergence stops it."""
+    rollback_factor: float = 0.5
+    """Both learning rates are multiplied by it at each rollback; above 0 and at most 1."""
+    keep: int = 2
+    """States kept: last/ and the ones before it, in earlier/."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     tensorboard: bool = False
@@ -414,9 +430,11 @@ class RunConfig:
         _require_positive(
             self,
             *("steps", "accumulation", "batch_size", "sequence_length", "clip_norm"),
-            *("log_every", "eval_every", "save_every", "max_skipped"),
+            *("log_every", "eval_every", "save_every", "max_skipped", "max_diverging", "max_rollbacks", "keep"),
         )
         _require_rate(self, "sample_tokens", "profile_steps")
+        _require_number(self, ("divergence_factor",), lambda value: value > 1, "above 1")
+        _require_number(self, ("rollback_factor",), lambda value: 0 < value <= 1, "above 0 and at most 1")
         require(
             self.profile_steps == 0 or PROFILE_AFTER + self.profile_steps <= self.steps,
             f"profile_steps={self.profile_steps} needs steps of at least {PROFILE_AFTER + self.profile_steps}, as the "
