@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from harness.records import cut_log, is_finite, read_record
@@ -238,6 +239,8 @@ class EventFile:
     `EventFileWriter` would import TensorFlow where that is installed, and writes from a thread, some seconds late.
     """
 
+    LARGEST = float(np.finfo(np.float32).max)
+
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         """A file that goes on with earlier ones names its `first_step`: from there TensorBoard forgets theirs."""
         check_tensorboard()
@@ -252,9 +255,11 @@ class EventFile:
             self._write(step=first_step, session_log=start)
 
     def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Write one event with a value (stored in float32) per tag."""
-        values = [self._summary.Value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
-        self._write(step=step, summary=self._summary(value=values))
+        """Write one event with a value per tag; TensorBoard stores float32, so what that cannot hold is left out."""
+        held = {tag: float(scalar) for tag, scalar in scalars.items() if abs(scalar) <= self.LARGEST}
+        if held:
+            values = [self._summary.Value(tag=tag, simple_value=scalar) for tag, scalar in held.items()]
+            self._write(step=step, summary=self._summary(value=values))
 
     def _write(self, **content) -> None:
         self._file.write(self._event(wall_time=time.time(), **content).SerializeToString())

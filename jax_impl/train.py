@@ -18,10 +18,12 @@ import numpy as np
 import optax
 
 from harness import loop
+from harness.divergence import Diagnosis
 from harness.saving import Snapshot
 from jax_impl import random
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import has_room, machine, on_device_of
+from jax_impl.diagnosis import diagnose
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
 from jax_impl.weights import (
@@ -227,6 +229,10 @@ class Trainer:
 
     def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
         self.state = restore_state(self.state, slots, updates, skipped)
+
+    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+        position = sum(self.counts()) if position is None else position
+        return diagnose(self.config, self.state.params, self.slots(), position, inputs_ABT, targets_ABT)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)

@@ -110,6 +110,9 @@ def test_zero_counts_only_where_it_means_something(part, name):
         (PrecisionConfig, {"params": "float64"}, "set both or neither"),
         (RunConfig, {"seed": 2**32}, "seed=4294967296"),
         (RunConfig, {"sequence_length": 1025}, "lower the one or raise the other"),
+        (RunConfig, {"divergence_factor": 1.0}, "divergence_factor=1.0 must be a finite number above 1; choose e.g. 3"),
+        (RunConfig, {"rollback_factor": 0.0}, "rollback_factor=0.0 must be a finite number above 0 and at most 1"),
+        (RunConfig, {"rollback_factor": 1.5}, "rollback_factor=1.5 must be a finite number above 0 and at most 1"),
     ],
 )
 def test_rules_between_fields(part, values, message):
@@ -166,7 +169,7 @@ def test_the_limits_themselves_are_allowed():
     ScheduleConfig(final_factor=1.0, warmup_fraction=0.0)
     DataConfig(bpe_vocab_size=257, max_documents=1, max_characters=1, max_tokens=1)
     PrecisionConfig(params="float64", compute="float64")
-    RunConfig(seed=2**32 - 1, sequence_length=1024)
+    RunConfig(seed=2**32 - 1, sequence_length=1024, rollback_factor=1.0, keep=1, max_rollbacks=1)
 
 
 def test_a_config_cannot_be_changed():

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from harness import loop
+from harness.divergence import Diagnosis
 from harness.saving import LazyArrays, Snapshot
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
 from torch_ref.attention import attention_in_use, why_not_fused
+from torch_ref.diagnosis import diagnose
 from torch_ref.generate import make_generator
 from torch_ref.hybrid import MuonWithAdamW, clip_by_global_norm
 from torch_ref.model import Qwen3ForCausalLM
@@ -194,6 +196,11 @@ class Trainer:
 
     def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
         self.state = restore_state(self.state, slots, updates, skipped)
+
+    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+        position = sum(self.counts()) if position is None else position
+        batch = self._tensor(inputs_ABT), self._tensor(targets_ABT)
+        return diagnose(self.config, self.state.model, self.slots(), position, *batch)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)

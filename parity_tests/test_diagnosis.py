@@ -1,0 +1,225 @@
+"""Both halves name the same first tensor that is not finite, by the names and in the order of `taps.py`."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pytest
+
+import jax_impl.diagnosis
+import jax_impl.model
+import jax_impl.train
+import torch_ref.train
+from harness.divergence import INPUT_NAMES, Diagnosis
+from parity_tests import taps
+from parity_tests.cases import BFLOAT16, FLOAT32, VARIANTS, random_tokens, random_weights, run_config
+from parity_tests.sides import JaxModel, TorchModel
+from recipe.config import UserError
+
+MODEL = dataclasses.replace(VARIANTS["untied"], num_hidden_layers=2)
+RUN = run_config(MODEL, FLOAT32, accumulation=2)
+RUNS = {
+    "plain": RUN,
+    "dropout": dataclasses.replace(RUN, model=dataclasses.replace(MODEL, dropout=0.2)),
+    "remat": dataclasses.replace(RUN, precision=dataclasses.replace(FLOAT32, remat=True)),
+    "bfloat16": dataclasses.replace(RUN, precision=BFLOAT16),
+}
+TRAINERS = {"jax": jax_impl.train.Trainer, "torch": torch_ref.train.Trainer}
+ROPE = ("q_rope", "k_rope")
+"""Taps of functions, which no module puts out: a rotation is finite where what it rotates is."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """The tapped pass of a configuration is compiled for all cases, not for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax_impl.diagnosis, "_make_tapped_pass", functools.cache(jax_impl.diagnosis._make_tapped_pass))
+        yield
+
+
+def batch(run, seed=1):
+    shape = run.accumulation, run.batch_size, run.sequence_length
+    return random_tokens(run.model, *shape, seed=seed), random_tokens(run.model, *shape, seed=seed + 1)
+
+
+def diagnoses(run, weights) -> dict[str, Diagnosis]:
+    return {side: make(run, weights).diagnose(*batch(run)) for side, make in TRAINERS.items()}
+
+
+def planted(**factors):
+    """Every weight whose name has this end times a factor."""
+
+    def plant(weights):
+        ends = {name.replace("__", "."): factor for name, factor in factors.items()}
+        for name in weights:
+            for end, factor in ends.items():
+                if name.endswith(f"{end}.weight"):
+                    weights[name] = weights[name] * factor
+
+    return plant
+
+
+def element(name, value):
+    def plant(weights):
+        weights[name].flat[3] = value
+
+    return plant
+
+
+UP = "model.layers.1.mlp.up_proj"
+V = "model.layers.1.self_attn.v_proj"
+CASES = {
+    "nothing": (lambda weights: None, None),
+    "nan in a matrix": (element(f"{UP}.weight", math.nan), ("weight", f"{UP}.weight")),
+    "inf in a norm": (element("model.layers.0.input_layernorm.weight", math.inf),
+                      ("weight", "model.layers.0.input_layernorm.weight")),
+    "a product overflows": (planted(layers__1__mlp__up_proj=1e39), ("forward", UP)),
+    "silu(gate) * up overflows": (planted(layers__1__mlp__up_proj=1e30, layers__1__mlp__gate_proj=1e30),
+                                  ("forward", "model.layers.1.mlp.hidden")),
+    "the residual stream is large": (planted(layers__0__mlp__down_proj=1e30), None),
+    "a value overflows": (planted(layers__1__self_attn__v_proj=1e39), ("forward", V)),
+    "the logits overflow": (planted(lm_head=1e39), ("forward", "loss")),
+    # The residual stream is nearly zero, so the last norm divides what flows back by a thousandth.
+    "what flows back overflows": (planted(embed_tokens=1e-5, o_proj=1e-6, down_proj=1e-6, lm_head=1e38),
+                                  ("backward", "model.layers.1")),
+    # Values of the usual size from inputs of 1e10, times cotangents of 1e30.
+    "a gradient overflows": (planted(layers__1__input_layernorm=1e10, q_proj=1e-10, k_proj=1e-10, v_proj=1e-10,
+                                     lm_head=1e31), ("gradient", f"{V}.weight")),
+    "the norm over all overflows": (planted(lm_head=1e25), ("update", "grad_norm")),
+}  # fmt: skip
+
+
+def weights_of(case, run):
+    weights = random_weights(run.model)
+    with np.errstate(all="ignore"):
+        CASES[case][0](weights)
+        # What float32 cannot hold, the case would plant as inf.
+        largest = np.finfo(np.float32).max
+        planted_inf = case.startswith("inf")
+        return {name: w if planted_inf else np.clip(w, -largest, largest) for name, w in weights.items()}
+
+
+@pytest.mark.parametrize("run", ["plain", "dropout"])
+@pytest.mark.parametrize("case", CASES)
+def test_both_name_the_same_first_tensor(case, run):
+    found = diagnoses(RUNS[run], weights_of(case, RUNS[run]))
+    assert {side: diagnosis.first for side, diagnosis in found.items()} == dict.fromkeys(TRAINERS, CASES[case][1])
+    whole = CASES[case][1] is None or CASES[case][1][0] == "update"
+    assert {diagnosis.micro_batch for diagnosis in found.values()} == {None if whole else 0}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if CASES[case][1] and CASES[case][1][0] not in ("weight", "update")]
+)
+def test_the_taps_of_the_parity_tests_name_it_too(case):
+    run = RUNS["plain"]
+    weights = weights_of(case, run)
+    with np.errstate(all="ignore"):
+        for found in taps_of(run, weights):
+            first = next(name for name, x in found.flat().items() if tapped(name) and not np.isfinite(x).all())
+            assert tuple(first.split(" ")) == CASES[case][1]
+
+
+def taps_of(run, weights) -> list[taps.Taps]:
+    inputs_ABT, targets_ABT = batch(run)
+    seed = run.seed if run.model.dropout else None
+    sides = {JaxModel: taps.jax_model_taps, TorchModel: taps.torch_model_taps}
+    return [
+        tap(side(run.model, run.precision, weights), inputs_ABT[0], targets_ABT[0], seed) for side, tap in sides.items()
+    ]
+
+
+def tapped(name: str) -> bool:
+    """Whether a diagnosis has a tap of this name; logits are computed for `taps.py` alone."""
+    return not name.endswith((*ROPE, "logits"))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_names_and_order_are_those_of_the_parity_tests(run):
+    weights = random_weights(RUNS[run].model)
+    plain = dataclasses.replace(RUNS[run].precision, remat=False)  # their taps do not reach through it
+    expected = taps_of(dataclasses.replace(RUNS[run], precision=plain), weights)
+    for diagnosis in diagnoses(RUNS[run], weights).values():
+        assert all(x is True for x in (*diagnosis.forward.values(), *diagnosis.backward.values()))
+        assert list(diagnosis.weights) == list(reversed(diagnosis.gradients)) == list(weights)
+        for found in expected:
+            assert [*diagnosis.forward, "loss"] == [name for name in found.forward if tapped(name)]
+            assert list(diagnosis.backward) == [name for name in found.backward if tapped(name)]
+            assert list(diagnosis.gradients) == list(found.gradients)
+
+
+def test_inputs_have_the_names_of_the_parity_tests():
+    assert INPUT_NAMES == taps.INPUT_TAPS
+
+
+@pytest.mark.parametrize("side", TRAINERS)
+def test_the_norms_are_those_of_the_weights_and_of_the_whole_gradient(side):
+    run = RUNS["plain"]
+    weights = random_weights(run.model)
+    diagnosis = TRAINERS[side](run, weights).diagnose(*batch(run))
+    for name, weight in weights.items():
+        # A sum of n squares in float64, in any order, has a relative error below n roundings.
+        assert math.isclose(diagnosis.weights[name], math.hypot(*weight.flat), rel_tol=(weight.size + 2) * 2**-53), name
+    count = sum(weight.size for weight in weights.values())
+    whole = math.hypot(*diagnosis.gradients.values())
+    assert math.isclose(diagnosis.grad_norm, whole, rel_tol=(count + 2) * 2**-24), "in float32, as the update's"
+    assert [{*norms.values()} for norms in diagnosis.slots.values()] == [{0.0}] * 3
+    assert diagnosis.slots["mu"].keys() | diagnosis.slots["exp_avg"].keys() == weights.keys()
+    assert diagnosis.slots["exp_avg"].keys() == diagnosis.slots["exp_avg_sq"].keys()
+
+
+@pytest.mark.parametrize("side", TRAINERS)
+def test_the_first_micro_batch_that_is_not_finite_is_shown(side):
+    run = RUNS["plain"]
+    inputs_ABT, targets_ABT = batch(run)
+    alone = min(set(inputs_ABT[1].flat) - set(inputs_ABT[0].flat))
+    weights = random_weights(run.model)
+    weights["model.embed_tokens.weight"][alone] = math.nan
+    diagnosis = TRAINERS[side](run, weights).diagnose(inputs_ABT, targets_ABT)
+    assert diagnosis.first == ("weight", "model.embed_tokens.weight") and diagnosis.micro_batch == 1
+    assert not any(diagnosis.forward.values()) and math.isnan(diagnosis.loss)
+    again = TRAINERS[side](run, weights).diagnose(inputs_ABT[:1], targets_ABT[:1])
+    assert again.micro_batch is None and all(again.forward.values()) and math.isfinite(again.loss)
+
+
+@pytest.mark.parametrize("side", TRAINERS)
+def test_a_slot_that_is_not_finite_is_named_last(side):
+    run = RUNS["plain"]
+    trainer = TRAINERS[side](run, random_weights(run.model))
+    slots = {slot: {name: array.copy() for name, array in arrays.items()} for slot, arrays in trainer.slots().items()}
+    slots["mu"][f"{V}.weight"].flat[0] = math.inf
+    slots["exp_avg_sq"]["model.norm.weight"].flat[0] = math.nan
+    trainer.restore(slots, 4, 1)
+    assert trainer.diagnose(*batch(run)).first == ("slot", f"mu.{V}.weight")
+
+
+@pytest.mark.parametrize("side", TRAINERS)
+def test_it_is_the_update_that_is_diagnosed_and_nothing_is_changed(side):
+    """Dropout's key is the position's, so of all positions the update's own gives the update's loss and norm."""
+    run = RUNS["dropout"]
+    trainer = TRAINERS[side](run, random_weights(run.model))
+    trainer.restore(trainer.slots(), 2, 1)
+    before, slots = trainer.weights(), trainer.slots()
+    found = {position: trainer.diagnose(*batch(run), position=position) for position in range(6)}
+    assert trainer.diagnose(*batch(run)) == found[3], "the next update's, unless told another"
+    assert trainer.counts() == (2, 1)
+    for kept, now in [(before, trainer.weights()), *((slots[slot], now) for slot, now in trainer.slots().items())]:
+        for name, array in kept.items():
+            np.testing.assert_array_equal(now[name], array, err_msg=name)
+    metrics = trainer.step(*batch(run))
+    for name, of in {"loss": lambda x: x.loss, "grad_norm": lambda x: x.grad_norm}.items():
+        nearest = sorted(found, key=lambda position: abs(of(found[position]) - float(metrics[name])))
+        assert nearest[0] == 3, name
+
+
+@pytest.mark.parametrize("part", ["Linear", "RMSNorm", "Qwen3DecoderLayer"])
+def test_the_modules_are_as_before_also_after_a_failure(part):
+    kind, run = getattr(jax_impl.model, part), RUNS["plain"]
+    call, trainer = kind.__call__, TRAINERS["jax"](run, random_weights(run.model))
+    trainer.diagnose(*batch(run))
+    assert kind.__call__ is call
+    inputs_ABT, targets_ABT = (np.zeros((1, 1, run.model.max_position_embeddings + 1), np.int32) for _ in range(2))
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        trainer.diagnose(inputs_ABT, targets_ABT)
+    assert kind.__call__ is call
