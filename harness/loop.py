@@ -96,8 +96,8 @@ class Trainer(Protocol):
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
 
-    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> Diagnosis:
-        """Norms and finiteness of everything in an update on this batch; changes nothing."""
+    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+        """Norms and finiteness of everything in update `position` (from 0) on this batch; changes nothing."""
 
     def profile(self, folder: Path) -> contextlib.AbstractContextManager:
         """Trace the updates made inside into the folder."""
@@ -342,7 +342,7 @@ class _Run:
         began = watch.since or watch.step
         diagnosis: Diagnosis | str
         try:
-            diagnosis = self.trainer.diagnose(*self._batch(began))
+            diagnosis = self.trainer.diagnose(*self._batch(began), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
         good = last_good(self.folder, before=began)

@@ -195,9 +195,6 @@ class RunLog:
         self._record("validation", step, **values)
         self._print(validation_line(step, self._steps, **values))
 
-    def sync(self) -> None:
-        """Force the records to disk."""
-
     def close(self) -> None:
         """Close the bar and the files; they are complete up to the last record at any time."""
         self._bar.close()
