@@ -51,6 +51,7 @@ from harness.state import (
     place_of_last,
     save_state,
     set_apart,
+    state_folders,
 )
 from harness.surroundings import config_differences, differences
 from recipe.baselines import ngram_baselines
@@ -410,7 +411,7 @@ class _Run:
         )
         if not math.isfinite(loss):
             self.log.header([f"warning: the validation loss after step {step} is {loss}, so best/ is left as it is"])
-        if not loss < self.best or step == 0:
+        if not loss < self.best or self.trainer.counts()[0] == 0:
             return False
         self.best = loss
         return True
@@ -440,9 +441,11 @@ class _Run:
         self.saver.submit(write)
 
     def _fail(self, reason: str) -> NoReturn:
-        """One line on stderr and exit code 1; names the folders that are there."""
+        """One line on stderr and exit code 1: why, what the folder keeps, how to go on."""
         kept = [f"{name}/" for name in ("best", "last") if (self.folder / name).is_dir()]
         remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
+        if state_folders(self.folder) and len(self.rollbacks) < self.config.max_rollbacks:
+            remedy += f"; or go back and on with: {self.resume_command} --on_divergence rollback"
         where = short(self.config.out, 300)
         raise SystemExit(f"error: {reason}; {where} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
 
