@@ -399,7 +399,7 @@ def _scratch(folder: Path, show_progress: bool) -> Iterator[Path]:
 def _take_scratch(folder: Path, building: contextlib.ExitStack, show_progress: bool) -> Path | None:
     """The scratch folder of an entry, held by `building`; None if another process has it.
 
-    What builders that were killed left goes first, of any entry. Without locks, each has a folder of its own.
+    What killed builders of any entry left goes first. Where there are no locks, each has a folder of its own.
     """
     cache = folder.parent
     scratch = cache / f".building-{folder.name}"

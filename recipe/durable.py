@@ -4,6 +4,7 @@ A file is safe when its bytes are on disk and the folder that names it is, too. 
 the folder they lie in, the rename that gives them their place, the folder of that place.
 """
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -12,6 +13,9 @@ try:
     import fcntl
 except ModuleNotFoundError:  # Windows, which forces no folder to disk
     fcntl = None  # type: ignore[assignment]
+
+CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOTTY)
+"""What file systems answer that know no way to force a folder to disk."""
 
 
 def sync(path: Path) -> None:
@@ -24,15 +28,24 @@ def sync(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDONLY if folder or fcntl is not None else os.O_RDWR)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # macOS leaves the drive's own cache out of fsync
-        else:
-            os.fsync(handle)
+        _force(handle)
     except OSError as error:
-        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if not folder or error.errno not in CANNOT:
             raise
     finally:
         os.close(handle)
+
+
+def _force(handle: int) -> None:
+    """fsync, and the drive's own cache with it: macOS leaves that out of fsync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:  # some file systems have fsync alone; after an error of the disk, fsync might not tell
+            if error.errno not in CANNOT:
+                raise
+    os.fsync(handle)
 
 
 def sync_below(folder: Path) -> None:
@@ -53,7 +66,12 @@ def make_folder(folder: Path) -> None:
 def write_whole(file: Path, data: bytes) -> None:
     """Write a file whole or not at all, forced to disk; an older one of that name is replaced."""
     scratch = file.with_name(f".{file.name}.new")
-    scratch.write_bytes(data)
-    sync(scratch)
-    scratch.replace(file)
+    try:
+        scratch.write_bytes(data)
+        sync(scratch)
+        scratch.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
     sync(file.parent)
