@@ -11,11 +11,11 @@ import jax_impl.diagnosis
 import jax_impl.model
 import jax_impl.train
 import torch_ref.train
-from harness.divergence import INPUT_NAMES, Diagnosis
+from harness.divergence import INPUT_NAMES, Diagnosis, LossWatch, batch_index
 from parity_tests import taps
 from parity_tests.cases import BFLOAT16, FLOAT32, VARIANTS, random_tokens, random_weights, run_config
 from parity_tests.sides import JaxModel, TorchModel
-from recipe.config import UserError
+from recipe.config import MuonConfig, UserError
 
 MODEL = dataclasses.replace(VARIANTS["untied"], num_hidden_layers=2)
 RUN = run_config(MODEL, FLOAT32, accumulation=2)
@@ -135,15 +135,20 @@ def tapped(name: str) -> bool:
     return not name.endswith((*ROPE, "logits"))
 
 
+@functools.cache
+def names_by_dropout(rate: float) -> list[taps.Taps]:
+    """The parity tests' taps; their names depend on no precision, and they do not reach through remat."""
+    run = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, dropout=rate))
+    return taps_of(run, random_weights(run.model))
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_names_and_order_are_those_of_the_parity_tests(run):
     weights = random_weights(RUNS[run].model)
-    plain = dataclasses.replace(RUNS[run].precision, remat=False)  # their taps do not reach through it
-    expected = taps_of(dataclasses.replace(RUNS[run], precision=plain), weights)
     for diagnosis in diagnoses(RUNS[run], weights).values():
         assert all(x is True for x in (*diagnosis.forward.values(), *diagnosis.backward.values()))
         assert list(diagnosis.weights) == list(reversed(diagnosis.gradients)) == list(weights)
-        for found in expected:
+        for found in names_by_dropout(RUNS[run].model.dropout):
             assert [*diagnosis.forward, "loss"] == [name for name in found.forward if tapped(name)]
             assert list(diagnosis.backward) == [name for name in found.backward if tapped(name)]
             assert list(diagnosis.gradients) == list(found.gradients)
@@ -223,3 +228,20 @@ def test_the_modules_are_as_before_also_after_a_failure(part):
     with pytest.raises(UserError, match="max_position_embeddings"):
         trainer.diagnose(inputs_ABT, targets_ABT)
     assert kind.__call__ is call
+
+
+def test_a_run_that_diverges_shows_the_same_in_both():
+    """With an absurd rate the second update's numbers overflow; its batch is shown, by the weights it met."""
+    run = dataclasses.replace(RUNS["dropout"], steps=40, muon=MuonConfig(learning_rate=1e30))
+    found = {}
+    for side, make in TRAINERS.items():
+        trainer, watch = make(run, random_weights(run.model)), LossWatch(run)
+        for step in range(1, run.steps + 1):
+            metrics = trainer.step(*batch(run, seed=step))
+            watch.see(step, float(metrics["loss"]), int(metrics["skipped"]))
+            if watch.verdict():
+                break
+        assert watch.verdict() == "20 updates in a row were skipped: their gradients were not finite"
+        shown = trainer.diagnose(*batch(run, seed=watch.since), position=batch_index(watch.since, ()))
+        found[side] = (watch.step, watch.since, shown.first, shown.micro_batch)
+    assert found["jax"] == found["torch"] == (21, 2, ("forward", "model.layers.0.self_attn.o_proj"), 0)
