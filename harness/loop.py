@@ -41,7 +41,7 @@ from harness.preflight import (
 from harness.records import lacks_validation
 from harness.resuming import last_good, mend_best, newest_sound, text_again
 from harness.runlog import RunLog, check_tensorboard
-from harness.saving import Saver, Snapshot
+from harness.saving import Saver, Snapshot, snapshot_of
 from harness.state import (
     TrainingState,
     clear_scratch,
@@ -206,10 +206,10 @@ class _Run:
 
     def _hold(self) -> Path:
         """Hold the folder to go on in, and look for its newest state."""
-        find_state(self.folder)
+        find_state(self.folder, load_state)
         self.alone.enter_context(_alone(self.folder))
-        chosen = find_state(self.folder)
-        complete = load_state(chosen).position == self.config.steps and finished(self.folder, self.config)
+        chosen, state = find_state(self.folder, load_state)
+        complete = state.position == self.config.steps and finished(self.folder, self.config)
         require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
         return chosen
 
@@ -422,7 +422,7 @@ class _Run:
         kept = dataclasses.replace(config, resume="")
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
-        snapshot = self.trainer.snapshot().checked(self.saver.check)
+        snapshot = snapshot_of(self.trainer).checked(self.saver.check)
 
         def write() -> None:
             check_room(config, best=best, state=state)

@@ -50,6 +50,19 @@ class Snapshot(NamedTuple):
         return self._replace(weights=with_check(self.weights), slots=slots)
 
 
+def snapshot_of(trainer) -> Snapshot:
+    """The trainer's own snapshot or, of one that has none, copies of its weights and slots."""
+    if hasattr(trainer, "snapshot"):
+        return trainer.snapshot()
+
+    def copied(arrays: Mapping[str, np.ndarray]) -> LazyArrays:
+        copies = {name: np.array(array) for name, array in arrays.items()}
+        return LazyArrays({name: array.shape for name, array in copies.items()}, copies.__getitem__)
+
+    slots = {slot: copied(arrays) for slot, arrays in trainer.slots().items()}
+    return Snapshot(copied(trainer.weights()), slots, *trainer.counts())
+
+
 class Saver:
     """One thread that does one job at a time while the main thread trains; a context manager.
 

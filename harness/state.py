@@ -12,10 +12,10 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from recipe.config import RunConfig, UserError, from_dict, require, to_dict
 from recipe.durable import make_folder, sync
 from recipe.params import check_weights, shape_problems, shapes_of, slot_shapes
 from recipe.reading import read_json, short, some, take
+
+T = TypeVar("T")
 
 SLOTS = ("mu", "exp_avg", "exp_avg_sq")
 YOUNGER = (
@@ -121,7 +123,9 @@ def load_state(folder: Path) -> TrainingState:
 
     All but the arrays has been checked against its hashes, and an array that is another is Damaged when it is read.
     """
-    values, config = read_run(folder)
+    file = Path(folder) / RUN
+    values = _read(file)
+    config, counts = _checked(file, values, lambda file, values: (_config_of(file, values), _counts_of(file, values)))
     _, weights = load_folder(folder)
     check_weights(weights, config.model)
     try:
@@ -135,49 +139,65 @@ def load_state(folder: Path) -> TrainingState:
         config=config,
         weights=weights,
         slots={slot: slots.below(f"{slot}.") for slot in SLOTS},
-        updates=values["updates"],
-        skipped=values["skipped"],
-        best=math.inf if values["best_validation_loss"] is None else values["best_validation_loss"],
-        text=values["training_text"],
-        rollbacks=read_rollbacks(values, str(Path(folder) / RUN)),
+        **counts,
         about=values,
     )
 
 
 def read_run(folder: Path) -> tuple[dict, RunConfig]:
-    """run.json of a state, its values checked, and the configuration in it; reads no array."""
+    """run.json of a state and the configuration in it; reads nothing else."""
     file = Path(folder) / RUN
-    require(file.is_file(), f"{folder} holds no run.json; name the folder of a training state, e.g. runs/NAME/last.")
-    values = read_json(file)
+    values = _read(file)
+    return values, _checked(file, values, _config_of)
+
+
+def _read(file: Path) -> dict:
+    where = file.parent
+    require(file.is_file(), f"{where} holds no run.json; name the folder of a training state, e.g. runs/NAME/last.")
+    return read_json(file)
+
+
+def _checked(file: Path, values: dict, check: Callable[[Path, dict], T]) -> T:
+    """What `check` makes of the values in run.json; Damaged if they are not what was written."""
     whole = values.get("format") == 1 or is_sealed(file, values)
     try:
-        config = _read_values(values, file)
+        result = check(file, values)
     except UserError as error:
         if whole:
             raise
         raise Damaged(str(error)) from None  # and no question of versions
     if not whole:
         raise Damaged(f"{file} is not what was written: its checksum is another's. {remedy(file.parent)}.")
-    return values, config
+    return result
 
 
-def _read_values(values: dict, file: Path) -> RunConfig:
-    """The configuration in run.json; UserError if that or anything else there is not of its type, or impossible."""
-    found, where = values.get("format"), str(file)
+def _config_of(file: Path, values: dict) -> RunConfig:
+    """The configuration in run.json; UserError if the file is of another format, or says anything else there."""
+    found = values.get("format")
     if found not in (1, FORMAT):
         reads = f"this version reads 1 and {FORMAT}; use the version it is of"
         raise OtherVersion(f"{file} has format {short(repr(found))}, {reads}.")
-    config = _read_config(take(values, "config", dict, where), f"{file}, config")
+    return _read_config(take(values, "config", dict, str(file)), f"{file}, config")
+
+
+def _counts_of(file: Path, values: dict) -> dict[str, Any]:
+    """The counts in run.json and what else a state needs, as `TrainingState` has them; UserError if they cannot be."""
+    where = str(file)
     updates, skipped, position = (take(values, name, int, where) for name in ("updates", "skipped", "position"))
-    best, _ = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
+    best, text = take(values, "best_validation_loss", float | None, where), take(values, "training_text", str, where)
     require(
         updates >= 0 <= skipped and updates + skipped == position,
         f"{file.parent}: {updates} updates and {skipped} skipped ones do not make position {position}; use another "
         "copy of the state.",
     )
-    read_rollbacks(values, where)
     require(best is None or math.isfinite(best), f"{where}: best_validation_loss={best} is no number; mend it there.")
-    return config
+    return {
+        "updates": updates,
+        "skipped": skipped,
+        "best": math.inf if best is None else best,
+        "text": text,
+        "rollbacks": read_rollbacks(values, where),
+    }
 
 
 def _read_config(values: dict, where: str) -> RunConfig:
@@ -213,20 +233,21 @@ def earlier_folder(run: Path, position: int) -> Path:
     return Path(run) / EARLIER / f"{position:010d}"
 
 
-def find_state(run: Path) -> Path:
-    """The newest state of a run folder that looks whole by all but its arrays; UserError if there is none."""
+def find_state(run: Path, look: Callable[[Path], T]) -> tuple[Path, T]:
+    """The newest state of a run folder that `look` does not refuse, and what that returns.
+
+    UserError if there is none, or if it is of another version.
+    """
     require(Path(run).is_dir(), f"--resume {run} is not a folder; name a run folder, e.g. runs/tiny-jax.")
     reasons = []
     for folder in state_folders(run):
         try:
-            load_state(folder)
-            return folder
+            return folder, look(folder)
         except OtherVersion:
             raise
         except (UserError, OSError) as error:
-            reasons.append(error)
-    if reasons:
-        raise UserError(f"--resume {run} holds no sound state; {'; '.join(map(str, reasons))}") from None
+            reasons.append(short(str(error).rstrip("."), 400))
+    require(not reasons, f"--resume {run} holds no sound state: {'; '.join(reasons)}.")
     raise UserError(
         f"--resume {run} holds no last/run.json, so no state to go on from; begin it again with the command it was "
         "begun with, or name another."

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import loop, preflight
+from harness import loop, resuming
 from harness.runlog import read_metrics
 from harness.state import load_state
 from recipe.config import ModelConfig, RunConfig
@@ -106,7 +106,7 @@ def config(tmp_path, monkeypatch) -> RunConfig:
     tokens = np.arange(400, dtype=np.uint16) % 250
     tokenizer = train_bpe(["some text"], 260)
     dataset = Dataset(tokenizer, tokens, tokens[:100], bytes_per_token=2.0, leaking_fraction=None, seed=0)
-    for module in (loop, preflight):
+    for module in (loop, resuming):
         monkeypatch.setattr(module, "prepare", lambda *args, **options: dataset)
     monkeypatch.setattr(loop, "plot_runs", lambda folders, picture, baselines: picture.touch())
     monkeypatch.setattr(time, "perf_counter", lambda: Scripted.now)

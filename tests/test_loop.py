@@ -16,7 +16,6 @@ from harness.folders import load_folder, save_folder
 from harness.manifest import seal
 from harness.plot import plot_runs
 from harness.runlog import read_metrics
-from harness.saving import LazyArrays, Snapshot
 from harness.state import load_state, state_folders
 from recipe.config import DataConfig, ModelConfig, RunConfig, UserError
 from recipe.lock import fcntl, locked
@@ -69,21 +68,12 @@ class Toy:
     def counts(self):
         return self.updates, self.skipped
 
-    def snapshot(self):
-        weights, slots = self.weights(), {slot: arrays for slot, arrays in self.slots().items()}
-        return Snapshot(lazily(weights), {slot: lazily(arrays) for slot, arrays in slots.items()}, *self.counts())
-
     def restore(self, slots, updates, skipped):
         self._slots = {f"{slot}.{name}": np.array(a) for slot, arrays in slots.items() for name, a in arrays.items()}
         self.updates, self.skipped = updates, skipped
 
     def generate(self, tokens, options):
         return []
-
-
-def lazily(arrays) -> LazyArrays:
-    copies = {name: array.copy() for name, array in arrays.items()}
-    return LazyArrays({name: array.shape for name, array in copies.items()}, copies.__getitem__)
 
 
 EMPTY_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\0IEND\xaeB`\x82"

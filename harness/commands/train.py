@@ -60,7 +60,7 @@ def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> 
 
 def _resumed_config(run: str) -> RunConfig:
     """The configuration of the run to go on with, as this folder's."""
-    return dataclasses.replace(read_run(find_state(Path(run)))[1], out=run, resume=run)
+    return dataclasses.replace(find_state(Path(run), read_run)[1][1], out=run, resume=run)
 
 
 def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
@@ -128,4 +128,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     with locked(path) as held:
         if not held:
             return not any(path.iterdir())
-    return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
+    try:
+        return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
+    except UserError:  # what it was cannot be told
+        return False
