@@ -93,8 +93,8 @@ def _salvage(path: Path) -> _Salvaged:
             seen.add(name)
     if doubled:
         found.append(f"{doubled:,} records are doubled")
-    # Of one step, the update comes first; the rest stay as they were written.
-    ordered = sorted(lines, key=lambda line: (line.record["step"], line.record["kind"] != "train"))
+    # Of one step, the baselines or the update come first; the rest stay as they were written.
+    ordered = sorted(lines, key=lambda line: (line.record["step"], line.record["kind"] not in ("baselines", "train")))
     if ordered != lines:
         found.append("its records are out of order")
     return _Salvaged(ordered, found, unfinished)

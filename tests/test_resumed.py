@@ -180,12 +180,16 @@ def test_doubled_records_are_kept_once_and_the_first_of_them(run, capsys):
     assert "5 records are doubled" in said(capsys)
 
 
-def test_records_out_of_order_are_put_in_order(run, capsys):
+@pytest.mark.parametrize("rearrange", [lambda lines: lines.reverse(), random.Random(0).shuffle])
+def test_records_out_of_order_are_put_in_order(rearrange, run, capsys):
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "validation", "step": 0, "loss": 9.0, "accuracy": 0.0, "perplexity": null}\n')
+    cut_log(run, 30)
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    shuffled = lines[:]
-    random.Random(0).shuffle(shuffled)
-    path.write_bytes(b"".join(shuffled))
+    rearranged = lines[:]
+    rearrange(rearranged)
+    path.write_bytes(b"".join(rearranged))
     capsys.readouterr()
     assert resume(run)[:-2] == [json.loads(line) for line in lines if json.loads(line)["step"] <= 20]
     assert "its records are out of order" in said(capsys)
