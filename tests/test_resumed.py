@@ -118,7 +118,7 @@ def test_a_log_whose_end_was_needed_is_set_aside(run, capsys):
 
 def test_a_flipped_bit_anywhere_costs_one_record_and_no_run(run, capsys):
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)[8:12]  # an update, its evaluation, two more updates
+    lines = path.read_bytes().splitlines(keepends=True)[10:13]  # an update, its evaluation, another update
     whole = b"".join(lines)
     generator = random.Random(0)
     for bit in range(8 * len(whole)):
@@ -127,7 +127,7 @@ def test_a_flipped_bit_anywhere_costs_one_record_and_no_run(run, capsys):
         path.write_bytes(flipped)
         kept = named(readable_records(run))
         assert kept == sorted(kept, key=lambda name: name[1]) and len(kept) >= len(lines) - 2
-        if generator.random() < 0.01:
+        if generator.random() < 0.004:
             cut_log(run, 20)
             assert_sound(run)
 
