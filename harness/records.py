@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe.config import UserError, require
+from recipe.config import UserError, fits, require
 from recipe.durable import sync, write_whole
-from recipe.reading import kind_of, parse_json, short, take
+from recipe.reading import kind_of, parse_json, take
 
 NEEDED: dict[str, dict[str, Any]] = {
     "train": {"loss": float | None, "skipped": int, "seconds": float},
@@ -45,9 +45,15 @@ def read_record(line: bytes, where: str) -> dict[str, Any]:
     """The record in a line of a log; UserError if it is no object that says its kind and its step."""
     record = parse_json(line, where)
     require(isinstance(record, dict), f"{where} holds {kind_of(record)}, not a JSON object")
-    for name, hint in (("kind", str), ("step", int)):
-        take(record, name, hint, where)
+    _check_fields(record, {"kind": str, "step": int}, where)
     return record
+
+
+def _check_fields(record: dict[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    """UserError unless each field is there and of its type; the message is not made for the many that are."""
+    for name, hint in fields.items():
+        if name not in record or not fits(record[name], hint):
+            take(record, name, hint, where)
 
 
 def is_finite(value: float) -> bool:
@@ -93,8 +99,8 @@ def _salvage(path: Path) -> _Salvaged:
             seen.add(name)
     if doubled:
         found.append(f"{doubled:,} records are doubled")
-    # Of one step, the update comes first; the rest stay as they were written.
-    ordered = sorted(lines, key=lambda line: (line.record["step"], line.record["kind"] != "train"))
+    # Of one step, the baselines or the update come first; the rest stay as they were written.
+    ordered = sorted(lines, key=lambda line: (line.record["step"], line.record["kind"] not in ("baselines", "train")))
     if ordered != lines:
         found.append("its records are out of order")
     return _Salvaged(ordered, found, unfinished)
@@ -103,12 +109,11 @@ def _salvage(path: Path) -> _Salvaged:
 def _salvage_line(text: bytes, where: str) -> _Line:
     """A line whose record has all that is asked of one of its kind; UserError for any other."""
     record = read_record(text, where)
-    require(record["step"] >= 0, f"{where} has step={short(str(record['step']))}, which is below 0")
-    for name, hint in NEEDED.get(record["kind"], {}).items():
-        value = take(record, name, hint, where)
-        require(
-            value is None or is_finite(value), f"{where} has {name}={short(repr(value))}, which is no finite number"
-        )
+    require(record["step"] >= 0, f"{where} has a step below 0")
+    needed = NEEDED.get(record["kind"], {})
+    _check_fields(record, needed, where)
+    for name in needed:
+        require(record[name] is None or is_finite(record[name]), f"{where} has {name} beyond all numbers")
     return _Line(record, text + b"\n")
 
 

@@ -131,11 +131,8 @@ class RunLog:
     def sync(self) -> None:
         """Force the records so far to disk; any thread may ask for it while another one logs.
 
-        Events are left out: they repeat the records.
+        Each is flushed when it is written, so the file's name is enough. Events are left out: they repeat the records.
         """
-        with self._lock:
-            if not self._metrics.closed:
-                self._metrics.flush()
         with contextlib.suppress(FileNotFoundError):  # a log that somebody removes costs no state
             sync(self.folder / "metrics.jsonl")
 

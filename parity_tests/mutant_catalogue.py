@@ -750,9 +750,9 @@ MUTANTS = (
     ),
     Mutant(
         "records of undone updates kept in the log",
-        "harness.runlog",
-        '(record["step"] > step) == later',
-        '(record["step"] > step + 99) == later',
+        "harness.records",
+        '(line.record["step"] > step) == later',
+        '(line.record["step"] > step + 99) == later',
         "tests/test_loop.py::test_what_a_resumed_run_makes_again_is_kept_aside",
     ),
 )

@@ -720,11 +720,11 @@ DURABILITY = (
         "durability",
         "records are not flushed",
         "harness.runlog",
-        "        self._metrics.flush()\n",
+        "            self._metrics.flush()\n",
         "",
         "tests/test_runlog.py",
     ),
-    slip("durability", "undone records are lost", "harness.runlog", "    if undone:\n", "    if not kept:\n", LOG),
+    slip("durability", "undone records are lost", "harness.records", "    if undone:\n", "    if not kept:\n", LOG),
     slip(
         "durability",
         "the position forgets skipped batches",

@@ -118,7 +118,7 @@ def test_a_log_whose_end_was_needed_is_set_aside(run, capsys):
 
 def test_a_flipped_bit_anywhere_costs_one_record_and_no_run(run, capsys):
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)[8:12]  # an update, its evaluation, two more updates
+    lines = path.read_bytes().splitlines(keepends=True)[10:13]  # an update, its evaluation, another update
     whole = b"".join(lines)
     generator = random.Random(0)
     for bit in range(8 * len(whole)):
@@ -127,7 +127,7 @@ def test_a_flipped_bit_anywhere_costs_one_record_and_no_run(run, capsys):
         path.write_bytes(flipped)
         kept = named(readable_records(run))
         assert kept == sorted(kept, key=lambda name: name[1]) and len(kept) >= len(lines) - 2
-        if generator.random() < 0.01:
+        if generator.random() < 0.004:
             cut_log(run, 20)
             assert_sound(run)
 
@@ -180,12 +180,16 @@ def test_doubled_records_are_kept_once_and_the_first_of_them(run, capsys):
     assert "5 records are doubled" in said(capsys)
 
 
-def test_records_out_of_order_are_put_in_order(run, capsys):
+@pytest.mark.parametrize("rearrange", [lambda lines: lines.reverse(), random.Random(0).shuffle])
+def test_records_out_of_order_are_put_in_order(rearrange, run, capsys):
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "validation", "step": 0, "loss": 9.0, "accuracy": 0.0, "perplexity": null}\n')
+    cut_log(run, 30)
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    shuffled = lines[:]
-    random.Random(0).shuffle(shuffled)
-    path.write_bytes(b"".join(shuffled))
+    rearranged = lines[:]
+    rearrange(rearranged)
+    path.write_bytes(b"".join(rearranged))
     capsys.readouterr()
     assert resume(run)[:-2] == [json.loads(line) for line in lines if json.loads(line)["step"] <= 20]
     assert "its records are out of order" in said(capsys)
