@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from recipe.config import ModelConfig, RunConfig, fits, require
+from recipe.config import ModelConfig, RunConfig, require
 from recipe.durable import write_whole
 from recipe.params import param_specs
 from recipe.reading import short, take
@@ -79,8 +79,8 @@ class LossWatch:
         for record in records:
             loss, count = record.get("loss"), record.get("skipped")
             # The log may be damaged; a record without these two says nothing about an update.
-            if record["kind"] == "train" and fits(loss, float | None) and fits(count, int):
-                self.see(record["step"], math.nan if loss is None else loss, count)  # type: ignore[arg-type]
+            if record["kind"] == "train" and type(loss) in (float, int, type(None)) and type(count) is int:
+                self.see(record["step"], math.nan if loss is None else loss, count)
         if skipped is not None:
             self.skipped = skipped
 
