@@ -188,7 +188,7 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: To
     }
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder(config) / key
-    manifest = _read_manifest(folder, options)
+    manifest = _read_manifest(folder, options, tell=True)
     if manifest is None:
         manifest = _build(folder, split, given, config, options, show_progress)
     return Dataset(
@@ -281,18 +281,35 @@ def _cut(text: str, end: int, near: int) -> int:
     return cut
 
 
-def _read_manifest(folder: Path, options: dict) -> dict[str, Any] | None:
-    """The manifest of a whole cache entry; None if it is missing or damaged, in which case it is built again."""
-    try:
-        manifest = read_json(folder / "manifest.json")
-        hashes = take(manifest, "sha256", dict[str, str], "manifest.json")
-        if not hashes.keys() >= CACHED or any(_file_hash(folder / name) != hashes[name] for name in hashes):
-            return None
-        if take(manifest, "checksum", str, "manifest.json") != _checksum(manifest):
-            return None
-    except (OSError, UserError):
+def _read_manifest(folder: Path, options: dict, *, tell: bool = False) -> dict[str, Any] | None:
+    """The manifest of a whole cache entry; None if there is none, or if it is damaged and must be built again.
+
+    With `tell`, what is damaged is named on stderr.
+    """
+    if not os.path.lexists(folder):
         return None
-    return manifest if manifest.get("options") == options else None
+    try:
+        return _check_entry(folder, options)
+    except (OSError, UserError) as error:
+        if tell:
+            reason = short(str(error).partition(";")[0], 300)
+            print(f"note: the cache entry {short(str(folder), 300)} is damaged: {reason}", file=sys.stderr)
+            print("note: it is not used, but built again", file=sys.stderr)
+        return None
+
+
+def _check_entry(folder: Path, options: dict) -> dict[str, Any]:
+    """The manifest of a cache entry; UserError or OSError if a bit of it or of the files it names is another."""
+    file = folder / "manifest.json"
+    manifest = read_json(file)
+    remedy = "build it again."
+    whole = take(manifest, "checksum", str, str(file)) == _checksum(manifest)
+    require(whole, f"{file} is not what was written; {remedy}")
+    hashes = take(manifest, "sha256", dict[str, str], str(file))
+    require(hashes.keys() >= CACHED and manifest.get("options") == options, f"{file} is of another entry; {remedy}")
+    for name, digest in hashes.items():
+        require(_file_hash(folder / name) == digest, f"{folder / name} is not what was written; {remedy}")
+    return manifest
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

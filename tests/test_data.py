@@ -185,7 +185,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed(config, tmp_path, name):
         assert (entry / name).read_bytes() == whole, "built again"
 
 
-def test_no_bit_of_an_entry_can_flip_unseen(config, tmp_path, monkeypatch):
+def test_no_bit_of_an_entry_can_flip_unseen(config, tmp_path, monkeypatch, capsys):
     """Any of 300 drawn over all files, in proportion to their sizes, and each kind of file among them."""
     before = load(config)
     (entry,) = (tmp_path / "cache").iterdir()
@@ -211,6 +211,7 @@ def test_no_bit_of_an_entry_can_flip_unseen(config, tmp_path, monkeypatch):
         (entry / name).write_bytes(data)
         again = load(config)
         assert built.pop() == entry, f"{name}, bit {bit}"
+        assert f"note: the cache entry {entry} is damaged: {entry / name} " in capsys.readouterr().err
         np.testing.assert_array_equal(again.train_tokens, before.train_tokens)
     monkeypatch.setattr("recipe.data._build", build)
     (entry / "manifest.json").write_bytes(b"x" + whole["manifest.json"])
@@ -224,6 +225,21 @@ def build_together(config, barrier, answers):
         answers.put(load(config).fingerprint)
     except BaseException as error:
         answers.put(repr(error))
+
+
+def test_an_entry_in_anothers_place_is_not_used(config, tmp_path, capsys):
+    load(config)
+    (entry,) = (tmp_path / "cache").iterdir()
+    before = load(changed(config, max_tokens=100))
+    (other,) = set((tmp_path / "cache").iterdir()) - {entry}
+    whole = (other / "manifest.json").read_bytes()
+    shutil.rmtree(other)
+    shutil.copytree(entry, other)
+    assert not capsys.readouterr().err
+    again = load(changed(config, max_tokens=100))
+    assert f"{other / 'manifest.json'} is of another entry" in capsys.readouterr().err
+    assert (other / "manifest.json").read_bytes() == whole
+    np.testing.assert_array_equal(again.train_tokens, before.train_tokens)
 
 
 def test_builders_of_one_entry_do_not_disturb_each_other(config, tmp_path):
