@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the use
 Nothing here imports a framework: `--help` is instant.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -15,6 +16,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -144,7 +146,16 @@ def run(main: Callable[[], int | None]) -> int:
         if said is None:
             raise
         code, message = said
+    finally:
+        atexit.unregister(_end_quietly)
+        atexit.register(_end_quietly)  # the first of those that then run
     return _last_line(code, f"error: {one_line(message)}")
+
+
+def _end_quietly() -> None:
+    """Let Ctrl-C end Python's own end, which takes a second with a framework loaded, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _last_line(code: int, line: str) -> int:

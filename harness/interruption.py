@@ -164,7 +164,6 @@ class _Watch:
         self._entered: list[Interruption] = []  # The last takes the signals.
         self._undo = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
-        self._handled: set[int] = set()
         self._late: int | None = None  # came when all had been left
         self._echoes: list[int] = []
         self._lines: list[str] = []
@@ -197,7 +196,7 @@ class _Watch:
                 interruption.leave()
 
     def _install(self) -> None:
-        self._handled, self._late, self._echoes, self._lines, self._closing = set(), None, [], [], False
+        self._late, self._echoes, self._lines, self._closing = None, [], [], False
         self._reader, self._writer = (self._undo.enter_context(end) for end in socket.socketpair())
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -205,7 +204,6 @@ class _Watch:
             before = signal.getsignal(number)
             if before not in (None, signal.SIG_IGN):  # None: set by other than Python, which cannot put it back
                 self._undo.callback(signal.signal, number, before)
-                self._handled.add(number)
                 signal.signal(number, self._handle)
         before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._undo.callback(self._put_back, before)
@@ -261,7 +259,8 @@ class _Watch:
         except BlockingIOError:
             return
         for number in numbers:
-            if number in self._handled and self._entered:
+            # Others may be written here, and some have been given to other handlers since.
+            if self._entered and number in SIGNALS and signal.getsignal(number) == self._handle:
                 self._take(number)
 
     def _take(self, number: int) -> None:

@@ -431,6 +431,30 @@ def test_outside_the_main_thread_nothing_happens():
     assert found[:2] == (None, signal.SIG_DFL) and "signals" not in found[2]
 
 
+def test_a_handler_that_somebody_sets_within_has_the_signal_for_itself():
+    body = """
+        interruption.TO_BEGIN = interruption.TO_END = 0.1
+        with Interruption() as run, run.at_once():
+            before = signal.signal(signal.SIGTERM, lambda number, frame: os.write(1, b"theirs\\n"))
+            say("ready")
+            sys.stdin.readline()
+            time.sleep(5 * interruption.TO_BEGIN)
+            signal.signal(signal.SIGTERM, before)
+            say(run.signal)
+            time.sleep(3600)
+    """
+    with child(body) as process:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2):
+            process.send_signal(TERM)
+            assert process.stdout.readline() == "theirs\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "None\n"
+        process.send_signal(TERM)
+        assert rest(process) == (143, "", "stopped by SIGTERM\n")
+
+
 @pytest.fixture
 def theirs() -> Iterator[int]:
     """A descriptor that another library has signals written to."""
@@ -486,6 +510,25 @@ def test_a_command_answers_a_signal_from_its_start(number, tmp_path):
         out, err = process.communicate()
     assert (process.returncode, out, err) == (128 + number, "", f"stopped by {signal.Signals(number).name}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["jax"]
+
+
+def test_a_signal_while_python_ends_adds_nothing_to_what_was_said():
+    """All is said then; the system ends the process, and a shell has the same exit code."""
+    body = """
+        import atexit
+        atexit.register(time.sleep, 3600)
+        atexit.register(say, "ending")
+        with Interruption() as run, run.at_once():
+            say("ready")
+            time.sleep(3600)
+    """
+    for second in SIGNALS:
+        with child(body) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(TERM)
+            assert process.stdout.readline() == "ending\n"
+            process.send_signal(second)
+            assert rest(process) == (-second, "", "stopped by SIGTERM\n")
 
 
 def raise_(error: BaseException) -> None:
