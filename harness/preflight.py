@@ -23,8 +23,8 @@ from recipe.reading import read_json, short, some, take
 from recipe.tokenizer import Tokenizer
 
 LEFT = re.compile(
-    r"run\.json|(metrics|undone)\.jsonl|best(-undone-\d+)?|profile|divergence-\d+\.json|events\.out\.tfevents\..*"
-    r"|\.(best|last)-.*|\.(run\.json|metrics\.jsonl|undone\.jsonl|divergence-\d+\.json)(\.new)?"
+    r"\.?(run\.json|(metrics|undone)(-damaged-\d+)?\.jsonl|divergence-\d+\.json)(\.new)?"
+    r"|\.(best|last)-.*|best(-undone-\d+)?|profile|events\.out\.tfevents\..*"
 )
 """What lies in the folder of a run that was killed before its first save."""
 
