@@ -422,7 +422,7 @@ class _Run:
         kept = dataclasses.replace(config, resume="")
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
-        snapshot = snapshot_of(self.trainer).checked(self.saver.check)
+        snapshot = snapshot_of(self.trainer)
 
         def write() -> None:
             check_room(config, best=best, state=state)
