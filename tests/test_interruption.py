@@ -191,6 +191,24 @@ def test_a_main_thread_asleep_is_woken_though_another_thread_had_the_signal():
         assert rest(process) == (143, "woken\n", "stopped by SIGTERM\n")
 
 
+def test_a_reminder_is_no_second_signal():
+    """It would cut the time to begin to leave, which C code needs here."""
+    body = """
+        interruption.TO_BEGIN, interruption.TO_END, interruption.REMINDER = 3600.0, 0.0, 0.01
+        with Interruption() as run, run.at_once():
+            try:
+                say("ready")
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
+                time.sleep(3600)
+            finally:
+                say("left")
+    """
+    with child(body) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(TERM)
+        assert rest(process) == (143, "left\n", "stopped by SIGTERM\n")
+
+
 def test_a_second_signal_acts_though_nobody_reads_the_output():
     body = """
         os.set_blocking(2, False)
