@@ -549,6 +549,19 @@ def test_a_signal_while_python_ends_adds_nothing_to_what_was_said():
             assert rest(process) == (-second, "", "stopped by SIGTERM\n")
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_ended_by_a_signal_tears_nothing_down(number):
+    body = f"import atexit; atexit.register(say, 'torn down'); cli.end(lambda: signal.raise_signal({int(number)}))"
+    with child(body) as process:
+        assert rest(process) == (128 + number, "", f"stopped by {signal.Signals(number).name}\n")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_any_other_process_ends_as_ever(code):
+    with child(f"import atexit; atexit.register(say, 'torn down'); cli.end(lambda: {code})") as process:
+        assert rest(process) == (code, "torn down\n", "")
+
+
 def raise_(error: BaseException) -> None:
     raise error
 
