@@ -153,9 +153,13 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def end(main: Callable[[], int | None]) -> NoReturn:
-    """`run`, and with it the process. After a signal nothing is torn down: XLA, cut short, crashes in that, and the
-    exit code is lost."""
-    code = run(main)
+    """`run`, and with it the process."""
+    leave(run(main))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code of `run`. After a signal nothing is torn down: XLA, cut short, crashes in that,
+    and the exit code is lost."""
     if code in (128 + number for number in SIGNALS):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):

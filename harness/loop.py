@@ -330,8 +330,9 @@ class _Run:
         reason = None
         for step, metrics in [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]:
             self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
-            self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
-            reason = reason or self.watch.verdict()
+            if reason is None:  # What was computed after that moves no rollback.
+                self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
+                reason = self.watch.verdict()
         return reason
 
     def _roll_back(self, reason: str) -> None:
@@ -360,7 +361,7 @@ class _Run:
         self.log.header([summary(watch, reason, diagnosis, file, rollbacks=self.rollbacks)])
 
         def again(to: int | None) -> Rollback | None:
-            return next_rollback(config, self.rollbacks, step=self.position, to=to, reason=reason)
+            return next_rollback(config, self.rollbacks, step=watch.step, to=to, reason=reason)
 
         rollback = again(None if good is None else good[1])
         if rollback is None:

@@ -222,6 +222,7 @@ def train(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
+    from harness.cli import leave
     from harness.commands.train import run_command
 
-    raise SystemExit(run_command("torch_ref.train", train, framework="torch"))
+    leave(run_command("torch_ref.train", train, framework="torch"))
