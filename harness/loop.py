@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -477,6 +478,8 @@ class _Run:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the run folder, so that nobody else writes to it; UserError if somebody does."""
     with locked(folder) as held:
+        if held is None:
+            print(f"note: {short(str(folder))} has no locks; see to it that no other process trains there", file=sys.stderr)
         require(held is not False, f"{folder} is being trained by another process; wait for it, or stop it.")
         yield
 
