@@ -8,7 +8,10 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -20,22 +23,24 @@ import numpy as np
 
 from harness.manifest import MANIFEST, RUN
 from harness.runlog import read_metrics
-from harness.state import EARLIER, state_folders
+from harness.state import state_folders
 from recipe.reading import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = """--accumulation 2 --batch_size 2 --sequence_length 16 --prompts the --sample_tokens 2
+SMALL = """--accumulation 1 --batch_size 2 --sequence_length 16 --prompts the --sample_tokens 2
 --model.hidden_size 16 --model.intermediate_size 20 --model.num_hidden_layers 1 --model.num_attention_heads 2
 --model.num_key_value_heads 1 --model.head_dim 6 --model.vocab_size 384 --model.dropout 0.1
 --data.bpe_vocab_size 384 --data.validation_tokens 64""".split()
 """Flags of the smallest run that has every part of a large one."""
-IMPORTED = ("jax_impl.train", "torch_ref.train", "harness.commands.train", "matplotlib.backends.backend_agg")
+IMPORTED = (
+    *("jax_impl.train", "torch_ref.train", "torch._inductor", "harness.commands.train"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 """What a run imports, and most of what it waits for."""
-KEPT = {
-    *("run.json", "metrics.jsonl", "undone.jsonl", "best", "last", EARLIER, "loss.png", "samples.txt", "best-undone-1"),
-    *("best-undone-2", "best-undone-3", "best-undone-4", "best-undone-5"),
-}
-"""What the folder of a run that is done may hold, were it killed up to five times."""
+KEPT = re.compile(
+    r"run\.json|(metrics|undone)\.jsonl|best(-undone-\d+)?|last|earlier|loss\.png|samples\.txt|last-damaged-\d+"
+)
+"""What the folder of a run that is done may hold."""
 OF_THE_CLOCK = {"tok_s", "dt_ms", "seconds"}
 OF_THE_STATE = ("updates", "skipped", "position", "best_validation_loss", "training_text", "rollbacks")
 
@@ -69,8 +74,18 @@ class Child(NamedTuple):
     """A command under way."""
 
     pid: int
+    handle: int
+    """A descriptor that can be read once it has ended."""
     log: Path
     """Its output and its errors."""
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether it ends within that time."""
+        return bool(select.select([self.handle], [], [], seconds)[0])
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; its number is nobody else's until its exit code has been asked for."""
+        os.kill(self.pid, number)
 
 
 class Nursery:
@@ -79,7 +94,7 @@ class Nursery:
     def __init__(self, logs: Path, cache: Path, imported: Sequence[str] = IMPORTED) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs, self._count = logs, 0
-        self._running: set[int] = set()
+        self._running: set[Child] = set()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.survival", *imported], cwd=ROOT, env=settings(cache), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -90,29 +105,23 @@ class Nursery:
         self._count += 1
         log = self._logs / f"{self._count}.txt"
         pid = self._ask({"argv": argv, "log": str(log)})
-        assert pid is not None
-        self._running.add(pid)
-        return Child(pid, log)
+        child = Child(pid, os.pidfd_open(pid), log)
+        self._running.add(child)
+        return child
 
-    def exit_code(self, child: Child, *, wait: bool = True) -> int | None:
-        """Its exit code once it has ended, negative for a signal's number; None, without `wait`, if it has not."""
-        code = self._ask({"pid": child.pid, "wait": wait})
-        if code is not None:
-            self._running.discard(child.pid)
+    def exit_code(self, child: Child) -> int:
+        """Its exit code, once it has ended; negative for a signal's number. To be asked for once."""
+        code = self._ask({"pid": child.pid})
+        os.close(child.handle)
+        self._running.discard(child)
         return code
 
     def run(self, *argv: str) -> tuple[int, str]:
         """Exit code and output, errors among it, of a command that is waited for."""
         child = self.start(*argv)
-        code = self.exit_code(child)
-        assert code is not None
-        return code, child.log.read_text(encoding="utf-8")
+        return self.exit_code(child), child.log.read_text(encoding="utf-8")
 
-    def kill(self, child: Child, number: int) -> None:
-        """Send it a signal; its number is nobody else's until its exit code has been asked for."""
-        os.kill(child.pid, number)
-
-    def _ask(self, request: dict) -> int | None:
+    def _ask(self, request: dict) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -122,9 +131,9 @@ class Nursery:
         return self
 
     def __exit__(self, *_) -> None:
-        for pid in self._running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
+        for child in self._running:
+            child.signal(signal.SIGKILL)
+            os.close(child.handle)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
@@ -139,14 +148,12 @@ def _serve(imported: Sequence[str]) -> None:
     assert threads == 1, f"{threads} threads: a fork carries over but one"
     for line in sys.stdin:
         request = json.loads(line)
-        answer: int | None
         if "argv" in request:
             answer = os.fork()
             if answer == 0:
                 _become(request["argv"], request["log"])
         else:
-            pid, status = os.waitpid(request["pid"], 0 if request["wait"] else os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1])
         print(json.dumps(answer), flush=True)
 
 
@@ -195,7 +202,7 @@ def measured(run: Path) -> list[dict]:
 def leftovers(run: Path) -> list[str]:
     """What lies in the folder of a run that is done and should not."""
     hidden = [path.relative_to(run).as_posix() for path in run.rglob(".*")]
-    return sorted({*hidden, *(path.name for path in run.iterdir() if path.name not in KEPT)})
+    return sorted({*hidden, *(path.name for path in run.iterdir() if not KEPT.fullmatch(path.name))})
 
 
 def differences(run: Path, expected: Path) -> list[str]:
