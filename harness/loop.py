@@ -247,6 +247,8 @@ class _Run:
         make_folder(self.folder)
         self.alone.enter_context(_alone(self.folder))
         if self.begun:
+            # Another process may have gone on where this one was about to begin again.
+            require(is_begun(self.folder), f"--out {self.folder} already holds files; name a new folder.")
             clear_scratch(self.folder)
             if (self.folder / "best").exists():
                 set_apart(self.folder, self.folder / "best", "undone")
