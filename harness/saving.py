@@ -59,7 +59,7 @@ class Saver:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        # Waited for instead of the thread: of a `join` that a signal interrupts, Python 3.11 takes the thread for ended.
+        # Waited for instead of the thread, which Python 3.11 takes for ended if a signal interrupts its `join`.
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._given_up = threading.Event()
