@@ -60,6 +60,8 @@ class Saver:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        # Waited for instead of the thread, which Python 3.11 takes for ended if a signal interrupts its `join`.
+        self._done = threading.Event()
         self._error: BaseException | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -71,7 +73,10 @@ class Saver:
                 job()
             except BaseException as error:  # raised again where the run can answer it
                 self._error = error
+            finally:
+                done.set()
 
+        done = self._done = threading.Event()
         # A daemon does not keep alive a process that is told to stop at once.
         self._thread = threading.Thread(target=work, name="saver", daemon=True)
         self._thread.start()
@@ -79,12 +84,13 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether a job is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._done.is_set()
 
     def wait(self) -> None:
         """Wait until the job under way is done, and raise what it raised."""
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
+            self._thread.join()  # It has let go of the job, and of the arrays with it.
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -102,6 +108,6 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
         if kind is None:
             self.wait()
