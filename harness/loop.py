@@ -38,7 +38,6 @@ from harness.preflight import (
     check_room,
     disk_need,
     is_begun,
-    is_taken,
 )
 from harness.records import lacks_validation
 from harness.resuming import last_good, mend_best, newest_sound, text_again
@@ -255,18 +254,12 @@ class _Run:
         trainer = self.make_trainer(config, weights)
         make_folder(self.folder)
         self.alone.enter_context(_alone(self.folder))
-        require(not is_taken(self.folder), f"--out {self.folder} has become another run's meanwhile; name a new folder.")
         if self.begun:
-<<<<<<< HEAD
-            # Another process may have gone on where this one was about to begin again.
-            require(is_begun(self.folder), f"--out {self.folder} already holds files; name a new folder.")
-=======
             # Another process may have been here since, and left what is to be gone on from.
             require(
                 is_begun(self.folder),
                 f"--out {self.folder} has a state by now, by another process; go on with: {self.resume_command}.",
             )
->>>>>>> w-endtoend
             clear_scratch(self.folder)
             if (self.folder / "best").exists():
                 set_apart(self.folder, self.folder / "best", "undone")

@@ -131,9 +131,5 @@ def _is_free(path: Path, config: RunConfig) -> bool:
             return not any(path.iterdir())
     try:
         return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
-<<<<<<< HEAD
-    except UserError:  # what it was cannot be told
-=======
     except UserError:  # a run.json that cannot be read is not this run's
->>>>>>> w-endtoend
         return False
