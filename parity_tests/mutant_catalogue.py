@@ -722,8 +722,8 @@ MUTANTS = (
     Mutant(
         "data position restarted",
         "harness.loop",
-        "position, best = state.position, state.best",
-        "position, best = 0, state.best",
+        "= self.state.position, self.state.best,",
+        "= 0, self.state.best,",
         KILLED + "[5]",
     ),
     Mutant(
@@ -736,16 +736,15 @@ MUTANTS = (
     Mutant(
         "best loss forgotten, so worse weights become best/",
         "harness.state",
-        "best=math.inf if best is None else best,",
-        "best=math.inf,",
+        '"best": math.inf if best is None else best,',
+        '"best": math.inf,',
         KILLED + "[11]",
     ),
     Mutant(
         "state saved in place",
         "harness.folders",
-        '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
-        "    shutil.rmtree(folder, ignore_errors=True)\n"
-        '    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))\n',
+        "    scratch.mkdir()\n",
+        "    shutil.rmtree(folder, ignore_errors=True)\n    scratch.mkdir()\n",
         "tests/test_loop.py::test_a_run_killed_while_saving_goes_on_from_the_state_before",
     ),
     Mutant(

@@ -446,8 +446,8 @@ REPORTING = (
         "reporting",
         "tokens per second of one micro-batch",
         "harness.loop",
-        "tokens=config.tokens_per_step",
-        "tokens=config.batch_size * config.sequence_length",
+        "tokens=self.config.tokens_per_step",
+        "tokens=self.config.batch_size * self.config.sequence_length",
         LOG,
     ),
     slip(
@@ -459,7 +459,12 @@ REPORTING = (
         LOG,
     ),
     slip(
-        "reporting", "the best loss is the last one", "harness.loop", "if loss < best and step > 0", "if step > 0", LOG
+        "reporting",
+        "the best loss is the last one",
+        "harness.loop",
+        "if not loss < self.best or self",
+        "if self",
+        LOG,
     ),
     slip(
         "reporting",
@@ -693,10 +698,9 @@ DURABILITY = (
         "durability",
         "saved before evaluated",
         "harness.loop",
-        "            if evaluating:\n                evaluate(step)\n"
-        "            if saving or failing:\n                save()  # After",
-        "            if saving or failing:\n                save()\n"
-        "            if evaluating:\n                evaluate(step)  # After",
+        "            better = evaluating and self._evaluate(step)\n",
+        "            if overdue:\n                self._save(best=False, state=True)\n                overdue = False\n"
+        "            better = evaluating and self._evaluate(step)\n",
         MOMENTS,
     ),
     slip(
@@ -711,9 +715,8 @@ DURABILITY = (
         "durability",
         "the predecessor is removed before the renaming",
         "harness.folders",
-        "        folder.rename(set_aside(folder))\n        scratch.rename(folder)\n"
-        "        shutil.rmtree(set_aside(folder))",
-        "        shutil.rmtree(folder)\n        scratch.rename(folder)",
+        "        folder.rename(aside)\n",
+        "        shutil.rmtree(folder)\n",
         MOMENTS,
     ),
     slip(
@@ -737,8 +740,8 @@ DURABILITY = (
         "durability",
         "the best loss is forgotten by a resumed run",
         "harness.loop",
-        "position, best = state.position, state.best",
-        "position = state.position",
+        "= self.state.position, self.state.best,",
+        "= self.state.position, self.best,",
         MOMENTS,
     ),
     slip(
