@@ -175,9 +175,9 @@ class _Run:
             interruption.where = "before going on" if self.config.resume else "before the first update"
             self.trainer = self._go_on() if self.config.resume else self._begin()
             baselines = ngram_baselines(self.dataset)
-        about = dict(framework=self.framework, environment=self.trainer.environment)
-        how = {"resume_at": self.position} if self.state else {"again": self.begun}
-        with RunLog(folder, self.config, **about, **how) as self.log, Saver() as self.saver:
+        about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
+        about |= {"resume_at": self.position} if self.state else {"again": self.begun}
+        with RunLog(folder, self.config, **about) as self.log, Saver() as self.saver:
             self.log.header(describe(self.config, self.trainer.environment))
             self.log.header(_describe_data(self.config, self.dataset))
             self.log.header([f"disk       {disk_need(self.config)}"])
@@ -339,7 +339,9 @@ class _Run:
     def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
         """Log these updates, which took so long in all; why the run is to stop, if it is."""
         reason = None
-        for step, metrics in [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]:
+        records: list[tuple[int, dict[str, Any]]]
+        records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+        for step, metrics in records:
             self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
             if reason is None:  # What was computed after that moves no rollback.
                 self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
