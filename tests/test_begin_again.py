@@ -217,7 +217,8 @@ def automatic(early, tmp_path, monkeypatch) -> list[str]:
     """The command line of a run in an automatic folder, which was killed before its first save."""
     monkeypatch.chdir(tmp_path)
     data = early.data
-    line = f"""--steps 6 --eval_every 1 --save_every 3 --log_every 1 --batch_size 2 --sequence_length 8 --sample_tokens 0
+    line = f"""--steps 6 --eval_every 1 --save_every 3 --log_every 1 --batch_size 2 --sequence_length 8
+        --sample_tokens 0
         --data.corpus {data.corpus} --data.bpe_vocab_size 300 --data.validation_tokens 64
         --data.cache_dir {data.cache_dir} --model.hidden_size 6 --model.intermediate_size 4
         --model.num_hidden_layers 1 --model.num_attention_heads 2 --model.num_key_value_heads 1 --model.head_dim 2
