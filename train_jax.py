@@ -2,7 +2,7 @@
 
 import sys
 
-from harness.cli import run
+from harness.cli import end
 from harness.commands.train import parse_run_config
 
 
@@ -15,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

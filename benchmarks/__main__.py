@@ -1,7 +1,5 @@
 """`python -m benchmarks` is `python -m benchmarks.throughput`."""
 
-import sys
-
 from harness import cli
 
 
@@ -13,4 +11,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(main)

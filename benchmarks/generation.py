@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import job, machine, report
 from benchmarks.tables import Bar, bars, ranged, table
 from benchmarks.throughput import Meter, Worker, launch
-from harness.cli import parse, run
+from harness.cli import end, parse
 from recipe.config import RunConfig, require, to_dict
 from recipe.params import param_counts
 
@@ -275,4 +275,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    end(lambda: main(sys.argv[1:]))

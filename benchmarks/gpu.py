@@ -23,7 +23,8 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.tables import table
-from harness.cli import parse, run
+from harness.cli import end, parse
+from harness.interruption import Terminated
 from harness.plot import plot_runs
 from harness.runlog import read_metrics
 from harness.surroundings import git_commit
@@ -179,14 +180,14 @@ def run_command(name: str, words: list[str], log: Path, *, seconds: float, dry: 
     tee.stdin.close()
     try:
         code = process.wait(timeout=seconds)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt, Terminated) as stopped:
         os.killpg(process.pid, signal.SIGINT)
         try:
             process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if isinstance(stopped, KeyboardInterrupt):
+        if not isinstance(stopped, subprocess.TimeoutExpired):
             raise
         code = 130
     tee.wait(timeout=GRACE)
@@ -277,4 +278,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    end(lambda: main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, report
 from benchmarks.tables import Bar, bars, ranged, table
-from harness.cli import parse, run
+from harness.cli import end, parse
 from recipe.config import DataConfig, require
 from recipe.corpus import load_documents
 from recipe.data import Dataset, encode_texts
@@ -213,4 +213,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    end(lambda: main(sys.argv[1:]))

@@ -22,7 +22,7 @@ from benchmarks import machine, report
 from benchmarks.muon_speed_worker import DTYPES, STEPS, Shapes
 from benchmarks.tables import ranged, table
 from benchmarks.throughput import Meter, Worker, launch
-from harness.cli import parse, run
+from harness.cli import end, parse
 from recipe.config import require
 from recipe.params import param_specs
 from recipe.presets import get_preset
@@ -372,4 +372,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    end(lambda: main(sys.argv[1:]))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import job, report
 from benchmarks.tables import table
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.loop import fit_vocabulary
 from recipe.baselines import ngram_baselines
 from recipe.config import RunConfig, require
@@ -459,4 +459,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    end(lambda: main(sys.argv[1:]))

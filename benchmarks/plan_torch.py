@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import job
 from benchmarks.plan.targets import Rates, get_target
 from benchmarks.tables import table
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.surroundings import git_commit
 from recipe.config import RunConfig, require
 from recipe.params import param_specs
@@ -305,4 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

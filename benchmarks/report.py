@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import machine, tables
 from benchmarks.job import PARTS
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import require
 
@@ -310,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

@@ -19,12 +19,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from harness.failures import MISTAKEN, USERS_MISTAKES, machine_says
-from harness.interruption import Interruption, Terminated
+from harness.interruption import SIGNALS, Interruption, Terminated
 from harness.surroundings import git_commit
 from recipe.config import UserError, expected, require
 from recipe.reading import short
@@ -150,6 +150,22 @@ def run(main: Callable[[], int | None]) -> int:
         atexit.unregister(_end_quietly)
         atexit.register(_end_quietly)  # the first of those that then run
     return _last_line(code, f"error: {one_line(message)}")
+
+
+def end(main: Callable[[], int | None]) -> NoReturn:
+    """`run`, and with it the process."""
+    leave(run(main))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code of `run`. After a signal nothing is torn down: XLA, cut short, crashes in that,
+    and the exit code is lost."""
+    if code in (128 + number for number in SIGNALS):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _end_quietly() -> None:

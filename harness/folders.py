@@ -6,9 +6,9 @@ import contextlib
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,11 +30,15 @@ from recipe.durable import make_folder, sync, sync_below
 from recipe.params import check_weights, expected_shapes, shape_problems, shapes_of
 from recipe.reading import read_json, short, some, take
 
+T = TypeVar("T")
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROTARY_TABLE = "rotary_emb.inv_freq"
 """Ends the names of what old Llamas store beside their weights: a function of the configuration."""
 SHARD_BYTES = 5_000_000_000
 """Weights above this are split, as Hugging Face's readers like them."""
+READINGS = 20
+"""How often a folder is read that is replaced again and again meanwhile."""
 
 
 def save_folder(
@@ -156,6 +160,30 @@ def find_weights(path: str | Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise UserError(f"{path} holds no config.json, best/ or last/; name a finished run.")
+
+
+def steadily(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a folder; again, if it failed and the folder was replaced meanwhile, by a run that saves.
+
+    Such a reader finds files missing, or the files of two states, which looks like damage.
+    """
+    for _ in range(READINGS):
+        before = _identity(folder)
+        try:
+            return read(folder)
+        except (UserError, OSError):
+            if _identity(folder) == before:
+                raise
+    raise UserError(f"{folder} is replaced faster than it can be read; try again, or when its run has ended.")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the next of its name; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 @contextlib.contextmanager

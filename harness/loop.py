@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -171,17 +172,18 @@ class _Run:
         with interruption.at_once():
             chosen = self._hold() if self.config.resume else None
             self.dataset = self._read(chosen)
-            interruption.where = "before the first update"
+            interruption.where = "before going on" if self.config.resume else "before the first update"
             self.trainer = self._go_on() if self.config.resume else self._begin()
             baselines = ngram_baselines(self.dataset)
-        about = dict(framework=self.framework, environment=self.trainer.environment)
-        how = {"resume_at": self.position} if self.state else {"again": self.begun}
-        with RunLog(folder, self.config, **about, **how) as self.log, Saver() as self.saver:
+        about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
+        about |= {"resume_at": self.position} if self.state else {"again": self.begun}
+        with RunLog(folder, self.config, **about) as self.log, Saver() as self.saver:
             self.log.header(describe(self.config, self.trainer.environment))
             self.log.header(_describe_data(self.config, self.dataset))
             self.log.header([f"disk       {disk_need(self.config)}"])
             if self.state is not None:
                 self.log.header(self._describe_resumed(self.state))
+                self._log_lost_rollback()
             else:
                 self.log.log_baselines(baselines, self.dataset.bytes_per_token)
             while reason := self._optimize():
@@ -200,9 +202,13 @@ class _Run:
         kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
         print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
 
+    def _go_on_with(self) -> str:
+        """How to go on with a run that has a state."""
+        return f"go on with: {self.resume_command}"
+
     def _again(self) -> str:
-        """How to go on with a run that has no state of its own yet."""
-        return f"go on with: {self.resume_command}" if self.config.resume else "the same command begins it again"
+        """How to go on with a run that has saved nothing yet."""
+        return self._go_on_with() if self.config.resume else "the same command begins it again"
 
     def _hold(self) -> Path:
         """Hold the folder to go on in, and look for its newest state."""
@@ -220,6 +226,9 @@ class _Run:
             dataset = text_again(config, load_state(chosen), chosen)
         else:
             check_place(config)
+            if folder.is_dir():
+                with _alone(folder):
+                    pass  # Whoever trains there is to be met before the text is read.
             dataset = prepare(config.data, seed=config.seed, show_progress=True)
             if not config.init:
                 self.config = config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
@@ -246,6 +255,11 @@ class _Run:
         make_folder(self.folder)
         self.alone.enter_context(_alone(self.folder))
         if self.begun:
+            # Another process may have been here since, and left what is to be gone on from.
+            require(
+                is_begun(self.folder),
+                f"--out {self.folder} has a state by now, by another process; go on with: {self.resume_command}.",
+            )
             clear_scratch(self.folder)
             if (self.folder / "best").exists():
                 set_apart(self.folder, self.folder / "best", "undone")
@@ -256,6 +270,7 @@ class _Run:
         trainer, self.state = newest_sound(self.config, self._restore)
         keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
         self.position, self.best, self.rollbacks = self.state.position, self.state.best, self.state.rollbacks
+        self.interruption.where = f"after step {self.position}"
         if math.isfinite(self.best):
             self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
         return trainer
@@ -288,11 +303,7 @@ class _Run:
         if self.position == 0:
             with interruption.at_once():
                 self._evaluate(0)
-        elif (
-            self._evaluation_due(self.position)
-            and lacks_validation(log.records, self.position)
-            and self._evaluate(self.position)
-        ):
+        elif self._evaluation_due(self.position) and self._evaluate_again():
             self._save(best=True, state=True)
         pending, since, overdue = [], time.perf_counter(), False
         for step in _traced(range(first, config.steps + 1), config, self.trainer):
@@ -309,7 +320,7 @@ class _Run:
                 continue
             reason = self._record(pending, time.perf_counter() - since)
             pending, self.position = [], step
-            interruption.where, interruption.remedy = f"after step {step}", f"go on with: {self.resume_command}"
+            interruption.where = f"after step {step}"
             if reason is not None:
                 return reason
             better = evaluating and self._evaluate(step)
@@ -328,10 +339,13 @@ class _Run:
     def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
         """Log these updates, which took so long in all; why the run is to stop, if it is."""
         reason = None
-        for step, metrics in [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]:
+        records: list[tuple[int, dict[str, Any]]]
+        records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+        for step, metrics in records:
             self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
-            self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
-            reason = reason or self.watch.verdict()
+            if reason is None:  # What was computed after that moves no rollback.
+                self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
+                reason = self.watch.verdict()
         return reason
 
     def _roll_back(self, reason: str) -> None:
@@ -360,7 +374,7 @@ class _Run:
         self.log.header([summary(watch, reason, diagnosis, file, rollbacks=self.rollbacks)])
 
         def again(to: int | None) -> Rollback | None:
-            return next_rollback(config, self.rollbacks, step=self.position, to=to, reason=reason)
+            return next_rollback(config, self.rollbacks, step=watch.step, to=to, reason=reason)
 
         rollback = again(None if good is None else good[1])
         if rollback is None:
@@ -371,9 +385,10 @@ class _Run:
         rollback = again(state.position)  # A state that was good by its headers may have been damaged.
         assert rollback is not None, "the answer does not depend on the state"
         self.rollbacks, self.position = (*self.rollbacks, rollback), state.position
+        self.interruption.where = f"after step {self.position}"
         self._save(best=False, state=True)
         self.saver.wait()
-        self.log.rollback(state.position, dataclasses.asdict(rollback))
+        self.log.rollback(state.position, _recorded(rollback))
         rates = rolled_back(config, self.rollbacks)
         said = f"rolled back to step {state.position}; update {state.position + 1} reads batch "
         said += (
@@ -381,6 +396,14 @@ class _Run:
         )
         said += f"{rates.adamw.learning_rate:.3g} ({len(self.rollbacks)} of {config.max_rollbacks} rollbacks)"
         self.log.header([said])
+
+    def _log_lost_rollback(self) -> None:
+        """Record the rollback that the state was saved by, should the run have died before it could."""
+        if self.rollbacks and self.rollbacks[-1].to == self.position:
+            values = _recorded(self.rollbacks[-1])
+            logged = [r for r in self.log.records if r["kind"] == "rollback" and r["step"] == self.position]
+            if not any(values.items() <= record.items() for record in logged):
+                self.log.rollback(self.position, values)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of an update."""
@@ -416,13 +439,26 @@ class _Run:
         self.best = loss
         return True
 
+    def _evaluate_again(self) -> bool:
+        """Measure the state that the run goes on from, if that was broken off; whether its weights are the best so far.
+
+        A run may also have died after it had measured that and before it had saved it.
+        """
+        if lacks_validation(self.log.records, self.position):
+            return self._evaluate(self.position)
+        found = [r["loss"] for r in self.log.records if r["kind"] == "validation" and r["step"] == self.position]
+        if found[0] is None or not found[0] < self.best or self.trainer.counts()[0] == 0:
+            return False
+        self.best = found[0]
+        return True
+
     def _save(self, *, best: bool, state: bool) -> None:
         """Write the best weights, the last state, or both, as they are now, beside the updates to come."""
         config, folder, tokenizer, log = self.config, self.folder, self.dataset.tokenizer, self.log
         kept = dataclasses.replace(config, resume="")
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
-        snapshot = snapshot_of(self.trainer).checked(self.saver.check)
+        snapshot = snapshot_of(self.trainer)
 
         def write() -> None:
             check_room(config, best=best, state=state)
@@ -437,6 +473,7 @@ class _Run:
                 aside = place_of_last(folder, values.position, config.keep)
                 save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
                 keep_newest(folder, config.keep)
+                self.interruption.remedy = self._go_on_with()
 
         self.saver.submit(write)
 
@@ -472,10 +509,20 @@ class _Run:
         return ["", *"\n---\n".join(texts).splitlines(), ""]
 
 
+def _recorded(rollback: Rollback) -> dict[str, Any]:
+    """What the log says of a rollback, in a record whose step is the one it led to."""
+    values = dataclasses.asdict(rollback)
+    del values["to"]
+    return {"diverged_at": values.pop("step")} | values
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the run folder, so that nobody else writes to it; UserError if somebody does."""
     with locked(folder) as held:
+        if held is None:
+            said = f"note: {short(str(folder))} has no locks; see to it that no other process trains there"
+            print(said, file=sys.stderr)
         require(held is not False, f"{folder} is being trained by another process; wait for it, or stop it.")
         yield
 

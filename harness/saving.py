@@ -15,14 +15,11 @@ import numpy as np
 class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name whose shapes are known and whose values are made when they are asked for, one at a time."""
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], check: Callable[[], None] = bool
-    ) -> None:
-        """`read(name)` makes an array; `check()` is called before, and may raise to give up."""
-        self.shapes, self._read, self._check = dict(shapes), read, check
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
+        """`read(name)` makes an array."""
+        self.shapes, self._read = dict(shapes), read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        self._check()
         return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -39,15 +36,6 @@ class Snapshot(NamedTuple):
     slots: Mapping[str, LazyArrays]
     updates: int
     skipped: int
-
-    def checked(self, check: Callable[[], None]) -> "Snapshot":
-        """The same, calling `check` before each array is read."""
-
-        def with_check(arrays: LazyArrays) -> LazyArrays:
-            return LazyArrays(arrays.shapes, arrays.__getitem__, check)
-
-        slots = {slot: with_check(arrays) for slot, arrays in self.slots.items()}
-        return self._replace(weights=with_check(self.weights), slots=slots)
 
 
 def snapshot_of(trainer) -> Snapshot:
@@ -66,14 +54,15 @@ def snapshot_of(trainer) -> Snapshot:
 class Saver:
     """One thread that does one job at a time while the main thread trains; a context manager.
 
-    What a job raises is raised in the main thread, at the latest by `wait`. At the end a job under way is waited for;
-    if the block is left because somebody wants the process to stop at once, it gives up at its next array.
+    What a job raises is raised in the main thread, at the latest by `wait`. At the end a job under way is waited for,
+    however the block is left; whoever asked for the process to stop at once has it ended meanwhile.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        # Waited for instead of the thread, which Python 3.11 takes for ended if a signal interrupts its `join`.
+        self._done = threading.Event()
         self._error: BaseException | None = None
-        self._given_up = threading.Event()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Begin the job, once the one before is done."""
@@ -84,7 +73,10 @@ class Saver:
                 job()
             except BaseException as error:  # raised again where the run can answer it
                 self._error = error
+            finally:
+                done.set()
 
+        done = self._done = threading.Event()
         # A daemon does not keep alive a process that is told to stop at once.
         self._thread = threading.Thread(target=work, name="saver", daemon=True)
         self._thread.start()
@@ -92,12 +84,13 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether a job is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._done.is_set()
 
     def wait(self) -> None:
         """Wait until the job under way is done, and raise what it raised."""
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
+            self._thread.join()  # It has let go of the job, and of the arrays with it.
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -108,24 +101,13 @@ class Saver:
         if not self.busy:
             self.wait()
 
-    def check(self) -> None:
-        """Raise `GivenUp` in a job that nobody waits for."""
-        if self._given_up.is_set():
-            raise GivenUp
-
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
-            self._given_up.set()
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
         if kind is None:
             self.wait()
-
-
-class GivenUp(Exception):
-    """Ends a job whose process is to stop at once."""

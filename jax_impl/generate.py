@@ -5,7 +5,6 @@ token per row. Twin: `torch_ref/generate.py`.
 """
 
 import functools
-import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -204,6 +203,7 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
 
 if __name__ == "__main__":
+    from harness.cli import leave
     from harness.commands.generate import run_command
 
-    sys.exit(run_command("jax_impl.generate", make_generator))
+    leave(run_command("jax_impl.generate", make_generator))

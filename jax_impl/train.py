@@ -252,6 +252,7 @@ def train(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
+    from harness.cli import leave
     from harness.commands.train import run_command
 
-    raise SystemExit(run_command("jax_impl.train", train, framework="jax"))
+    leave(run_command("jax_impl.train", train, framework="jax"))

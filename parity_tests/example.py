@@ -91,4 +91,4 @@ def main(options: ExampleOptions) -> int:
 
 if __name__ == "__main__":
     options = dict(prog="python -m parity_tests.example", description="A report on a model that is not ours.")
-    sys.exit(cli.run(lambda: main(cli.parse(ExampleOptions, sys.argv[1:], **options))))
+    cli.end(lambda: main(cli.parse(ExampleOptions, sys.argv[1:], **options)))

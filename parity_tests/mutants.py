@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.surroundings import git_commit
 from parity_tests.mutant import Mutant
 from parity_tests.mutant_catalogue import EQUIVALENT
@@ -137,4 +137,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

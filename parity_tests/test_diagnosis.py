@@ -156,6 +156,20 @@ def test_names_and_order_are_those_of_the_parity_tests(run):
             assert list(diagnosis.gradients) == list(found.gradients)
 
 
+def test_torchs_taps_hold_what_those_of_the_parity_tests_hold(monkeypatch):
+    """The arrays themselves instead of whether they are finite; what flows back is that of each tap alone."""
+    monkeypatch.setattr(torch_ref.diagnosis, "_is_finite", lambda x: x.detach().clone().numpy())
+    side = TorchModel(MODEL, FLOAT32, random_weights(MODEL))
+    inputs_BT, targets_BT = (tokens_ABT[0] for tokens_ABT in batch(RUN))
+    shown = torch_ref.diagnosis._tapped_pass(
+        side.module, *(torch.tensor(tokens).long() for tokens in (inputs_BT, targets_BT)), None
+    )
+    expected = taps.torch_model_taps(side, inputs_BT, targets_BT)
+    for found, arrays in ((shown.forward, expected.forward), (shown.backward, expected.backward)):
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
 def test_inputs_have_the_names_of_the_parity_tests():
     assert INPUT_NAMES == taps.INPUT_TAPS
 

@@ -180,4 +180,4 @@ def main(command: WholeRunCommand) -> int:
 
 if __name__ == "__main__":
     options = dict(prog="python -m parity_tests.whole_run", description="Drift of whole runs from float64.")
-    sys.exit(cli.run(lambda: main(cli.parse(WholeRunCommand, sys.argv[1:], **options))))
+    cli.end(lambda: main(cli.parse(WholeRunCommand, sys.argv[1:], **options)))

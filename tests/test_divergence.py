@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.divergence import (
@@ -180,6 +180,7 @@ def test_the_states_count_of_skipped_updates_stands_in_for_a_lost_log():
 
 
 # Norms and the first tensor that is not finite.
+@settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=20))
 def test_no_norm_overflows(values):
     found = norm(np.array(values))
@@ -272,6 +273,7 @@ def test_a_rollback_passes_over_the_batches_it_has_seen():
     assert second.data_offset == 150 and batch_index(201, [first, second]) == 350
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 49)), min_size=1, max_size=6))
 def test_no_batch_is_seen_again_after_a_rollback(moves):
     """Whatever the run does, its batches rise, and those of a rollback's passed updates are its own."""

@@ -191,6 +191,24 @@ def test_a_main_thread_asleep_is_woken_though_another_thread_had_the_signal():
         assert rest(process) == (143, "woken\n", "stopped by SIGTERM\n")
 
 
+def test_a_reminder_is_no_second_signal():
+    """It would cut the time to begin to leave, which C code needs here."""
+    body = """
+        interruption.TO_BEGIN, interruption.TO_END, interruption.REMINDER = 3600.0, 0.0, 0.01
+        with Interruption() as run, run.at_once():
+            try:
+                say("ready")
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
+                time.sleep(3600)
+            finally:
+                say("left")
+    """
+    with child(body) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(TERM)
+        assert rest(process) == (143, "left\n", "stopped by SIGTERM\n")
+
+
 def test_a_second_signal_acts_though_nobody_reads_the_output():
     body = """
         os.set_blocking(2, False)
@@ -529,6 +547,19 @@ def test_a_signal_while_python_ends_adds_nothing_to_what_was_said():
             assert process.stdout.readline() == "ending\n"
             process.send_signal(second)
             assert rest(process) == (-second, "", "stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_ended_by_a_signal_tears_nothing_down(number):
+    body = f"import atexit; atexit.register(say, 'torn down'); cli.end(lambda: signal.raise_signal({int(number)}))"
+    with child(body) as process:
+        assert rest(process) == (128 + number, "", f"stopped by {signal.Signals(number).name}\n")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_any_other_process_ends_as_ever(code):
+    with child(f"import atexit; atexit.register(say, 'torn down'); cli.end(lambda: {code})") as process:
+        assert rest(process) == (code, "torn down\n", "")
 
 
 def raise_(error: BaseException) -> None:

@@ -5,7 +5,6 @@ The prompts of a batch are one call, and then a plain loop computes one token pe
 """
 
 import math
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -165,6 +164,7 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
 
 if __name__ == "__main__":
+    from harness.cli import leave
     from harness.commands.generate import run_command
 
-    sys.exit(run_command("torch_ref.generate", make_generator))
+    leave(run_command("torch_ref.generate", make_generator))

@@ -181,6 +181,7 @@ class Trainer:
         return optimizer_slots(self.state.optimizer)
 
     def snapshot(self) -> Snapshot:
+        arrays: dict[str, dict[str, torch.Tensor]]
         arrays = {"weights": dict(self.state.model.named_parameters()), **slot_leaves(self.state.optimizer)}
         # Updates are in place. A copy on the device is made between two of them, and fetched beside those to come.
         keep = self.device if _has_room(arrays) else "cpu"
@@ -222,6 +223,7 @@ def train(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
+    from harness.cli import leave
     from harness.commands.train import run_command
 
-    raise SystemExit(run_command("torch_ref.train", train, framework="torch"))
+    leave(run_command("torch_ref.train", train, framework="torch"))

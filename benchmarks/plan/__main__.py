@@ -15,7 +15,7 @@ from benchmarks.plan import report
 from benchmarks.plan.parts import costs
 from benchmarks.plan.program import Program
 from benchmarks.plan.targets import Target, get_target
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import RunConfig, UserError, require
 
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

@@ -24,7 +24,7 @@ from benchmarks.plan.parts import Cost, costs
 from benchmarks.plan.program import Program
 from benchmarks.plan.targets import get_target
 from benchmarks.tables import table
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import RunConfig, require
 from recipe.params import init_params
@@ -246,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

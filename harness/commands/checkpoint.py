@@ -14,12 +14,12 @@ import numpy as np
 import tyro
 
 from harness import cli, generation_config
-from harness.folders import find_weights, load_folder, replacing, write_json, write_weights
+from harness.folders import find_weights, load_folder, replacing, steadily, write_json, write_weights
 from harness.hf_config import unused
 from harness.manifest import MANIFEST, RUN, check_files, seal
 from harness.state import load_state, read_run, state_folders
 from harness.tensors import Damaged
-from recipe.config import Dtype, require
+from recipe.config import Dtype, UserError, require
 from recipe.params import param_counts
 from recipe.reading import read_json, short, some, take
 
@@ -113,12 +113,16 @@ def main() -> None:
     damaged = []
     for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
         try:
-            print("\n".join(inspect(part)))
-        except Damaged as error:
+            print("\n".join(steadily(part, inspect)))
+        except (UserError, OSError) as error:
+            if part in inside and not part.exists():
+                continue  # A run beside this command has removed it, or moved it on.
+            if not isinstance(error, Damaged):
+                raise
             print(f"folder     {part}\nDAMAGED    {error}")
             damaged.append(str(error))
     require(not damaged, "; ".join(damaged))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(main)

@@ -8,17 +8,18 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from harness import cli, generation_config, web
 from harness.chat import ChatTemplate
-from harness.folders import find_weights, load_folder
+from harness.folders import find_weights, load_folder, steadily
 from harness.text import text_pieces
-from recipe.config import PrecisionConfig, UserError, require
+from recipe.config import ModelConfig, PrecisionConfig, UserError, require
 from recipe.sampling import Generator, SamplingOptions, make_batch
-from recipe.tokenizer import load_tokenizer
+from recipe.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)  # by keyword, as the one required field comes after the inherited ones
@@ -79,22 +80,26 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
 
     Returns the exit code: 2 if a line that was piped in had to be refused, after all others.
     """
-    folder = find_weights(command.checkpoint)
-    tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(folder) if command.chat else None
-    config, weights = load_folder(folder)
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {config.vocab_size}; "
-        "use the tokenizer.json the weights came with.",
-    )
     sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
-    options = SamplingOptions(**sampling | {"stop_ids": generation_config.stop_ids(folder, tokenizer)})
-    require(
-        template is None or (options.samples == 1 and not command.prompt),
-        "--chat has one answer to each line typed in; leave out --samples and --prompt.",
-    )
-    generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
+
+    def read(folder: Path) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None, SamplingOptions, Generator]:
+        tokenizer = load_tokenizer(folder)
+        template = ChatTemplate(folder) if command.chat else None
+        config, weights = load_folder(folder)
+        require(
+            tokenizer.vocab_size <= config.vocab_size,
+            f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {config.vocab_size}; "
+            "use the tokenizer.json the weights came with.",
+        )
+        options = SamplingOptions(**sampling | {"stop_ids": generation_config.stop_ids(folder, tokenizer)})
+        require(
+            template is None or (options.samples == 1 and not command.prompt),
+            "--chat has one answer to each line typed in; leave out --samples and --prompt.",
+        )
+        generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
+        return config, tokenizer, template, options, generate
+
+    config, tokenizer, template, options, generate = steadily(find_weights(command.checkpoint), read)
     if command.web:
         require(
             not command.prompt and options.samples == 1,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from harness.cli import parse, run
+from harness.cli import end, parse
 from harness.plot import plot_runs
 from recipe.config import require
 
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    end(main)

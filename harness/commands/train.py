@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.cli import last_value, leaves, parse, run
 from harness.folders import load_config
 from harness.preflight import begun_with, is_begun, is_taken
-from harness.state import find_state, read_run
+from harness.state import find_state, read_run, state_folders
 from recipe.config import RunConfig, UserError, require
 from recipe.lock import locked
 from recipe.presets import PRESETS, get_preset
@@ -103,7 +103,8 @@ def _run_folder(config: RunConfig, framework: str) -> Path:
     if taken:
         other = _first_free(out if out.name.strip(".") else Path("runs") / "new", config)
         what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
-        raise FileExistsError(f"--out {out} {what}; choose another folder, e.g. --out {other}.")
+        go_on = f"go on with it by --resume {out}, or " if out.is_dir() and state_folders(out) else ""
+        raise FileExistsError(f"--out {out} {what}; {go_on}choose another folder, e.g. --out {other}.")
     for parent in out.parents:
         if parent.exists():
             require(parent.is_dir(), f"--out {out} lies under {parent}, which is a file; choose a folder's path.")
@@ -130,5 +131,5 @@ def _is_free(path: Path, config: RunConfig) -> bool:
             return not any(path.iterdir())
     try:
         return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
-    except UserError:  # what it was cannot be told
+    except UserError:  # a run.json that cannot be read is not this run's
         return False
