@@ -203,6 +203,17 @@ def test_what_cannot_be_saved_ends_the_run(number, config, monkeypatch):  # noqa
     assert len(saves) == number
 
 
+def test_what_cannot_be_saved_is_said_though_a_signal_asked_for_it(config, monkeypatch):  # noqa: F811
+    def full(config, *, best, state):
+        if state and (Path(config.out) / "last").is_dir():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop, "check_room", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config, lambda position: signal.raise_signal(signal.SIGTERM) if position == 4 else None)
+    assert positions(config.out) == [3]
+
+
 def test_a_run_killed_before_its_first_save_is_begun_again_as_it_was(config, tmp_path):  # noqa: F811
     train(elsewhere(config, tmp_path))
     with pytest.raises(Killed):
@@ -307,10 +318,11 @@ def test_a_run_rolled_back_is_resumed_at_its_lower_rate(rolling, tmp_path):
     (rest,) = run_away(resumed(rolling))
     assert rest.rate == whole.rate
     assert whole.seen[-len(rest.seen) :] == rest.seen
-    states = [load_state(Path(run) / "last") for run in (rolling.out, tmp_path / "other")]
-    assert states[0].rollbacks == states[1].rollbacks
-    for name, weight in states[0].weights.items():
-        np.testing.assert_array_equal(weight, states[1].weights[name], err_msg=name)
+    assert_same_runs(rolling.out, str(tmp_path / "other"))
+    assert load_state(Path(rolling.out) / "last").rollbacks == load_state(tmp_path / "other" / "last").rollbacks
+    (mark,) = [record for record in records(rolling.out) if record["kind"] == "rollback"]
+    assert (mark["step"], mark["diverged_at"], mark["data_offset"]) == (6, 10, 4)
+    assert not list(Path(rolling.out).glob("*-damaged-*")), "the log is in order"
 
 
 def test_a_state_saved_by_a_signal_amid_a_divergence_is_not_gone_back_to(rolling):
