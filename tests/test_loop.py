@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,15 @@ def test_a_run_may_be_killed_and_resumed_again_and_again(config, tmp_path):
     assert_same_runs(config.out, str(tmp_path / "other"))
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT is not ignored: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "leaves"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_the_run_after_a_whole_update(number, leaves, config, tmp_path, capsys):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -208,19 +218,15 @@ def test_a_signal_ends_the_run_after_a_whole_update(number, leaves, config, tmp_
     assert_same_runs(config.out, str(tmp_path / "other"))
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_acts_at_once(config):
     def impatient(position: int) -> None:
         if position == 4:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    # A shell that starts the tests in the background has them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(config, impatient)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, impatient)
     assert load_state(Path(config.out) / "last").position == 3
 
 
