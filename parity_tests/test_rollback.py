@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import jax_impl.diagnosis
 import jax_impl.train
 import torch_ref.train
 from harness import loop
@@ -75,6 +76,13 @@ def world(monkeypatch):
     WORLD.bad, WORLD.dies_at, WORLD.read = frozenset({BAD}), None, []
 
 
+MADE = (
+    (jax_impl.train, "make_train_step"),
+    (jax_impl.train, "make_evaluate"),
+    (jax_impl.diagnosis, "_make_tapped_pass"),
+)
+
+
 def once(make):
     """A run's functions, compiled once for all runs that differ in their folder alone."""
     cached = functools.cache(make)
@@ -84,8 +92,8 @@ def once(make):
 @pytest.fixture(autouse=True, scope="module")
 def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_train_step", "make_evaluate"):
-            patch.setattr(jax_impl.train, name, once(getattr(jax_impl.train, name)))
+        for module, name in MADE:
+            patch.setattr(module, name, once(getattr(module, name)))
         before = jax.config.jax_compilation_cache_dir
         yield
         jax.config.update("jax_compilation_cache_dir", before)
@@ -131,7 +139,7 @@ def made() -> dict[str, tuple[str, list[int]]]:
     return {}
 
 
-@pytest.fixture(params=SIDES)
+@pytest.fixture(params=["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def side(request) -> str:
     return request.param
 
