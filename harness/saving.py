@@ -16,7 +16,10 @@ class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name whose shapes are known and whose values are made when they are asked for, one at a time."""
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], check: Callable[[], None] = bool
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+        check: Callable[[], object] = bool,
     ) -> None:
         """`read(name)` makes an array; `check()` is called before, and may raise to give up."""
         self.shapes, self._read, self._check = dict(shapes), read, check
