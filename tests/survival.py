@@ -1,6 +1,6 @@
 """Runs of the real trainers in processes of their own, to be killed: how they are begun, gone on with, and compared.
 
-A process that has imported both frameworks and runs nothing (`python -m tests.survival`) forks one for each command, so
+A process that has imported a framework and runs nothing (`python -m tests.survival`) forks one for each command, so
 that a run costs no imports. It has one thread, and JAX has not begun in it.
 """
 
@@ -14,7 +14,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -32,11 +31,11 @@ SMALL = """--accumulation 1 --batch_size 2 --sequence_length 16 --prompts the --
 --model.num_key_value_heads 1 --model.head_dim 6 --model.vocab_size 384 --model.dropout 0.1
 --data.bpe_vocab_size 384 --data.validation_tokens 64""".split()
 """Flags of the smallest run that has every part of a large one."""
-IMPORTED = (
-    *("jax_impl.train", "torch_ref.train", "torch._inductor", "harness.commands.train"),
-    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
-)
-"""What a run imports, and most of what it waits for."""
+IMPORTED = {
+    "train_jax.py": ("jax_impl.train", "harness.commands.train", "matplotlib.figure"),
+    "train_torch.py": ("torch_ref.train", "torch._inductor", "harness.commands.train", "matplotlib.figure"),
+}
+"""What a run imports, by script, and most of what it waits for."""
 KEPT = re.compile(
     r"run\.json|(metrics|undone)\.jsonl|best(-undone-\d+)?|last|earlier|loss\.png|samples\.txt|last-damaged-\d+"
 )
@@ -91,12 +90,12 @@ class Child(NamedTuple):
 class Nursery:
     """Runs commands in children of a process that has imported what they need; a context manager."""
 
-    def __init__(self, logs: Path, cache: Path, imported: Sequence[str] = IMPORTED) -> None:
+    def __init__(self, logs: Path, cache: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs, self._count = logs, 0
         self._running: set[Child] = set()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.survival", *imported], cwd=ROOT, env=settings(cache), text=True,
+            [sys.executable, "-m", "tests.survival"], cwd=ROOT, env=settings(cache), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -140,15 +139,15 @@ class Nursery:
         self._process.stdout.close()
 
 
-def _serve(imported: Sequence[str]) -> None:
+def _serve() -> None:
     """Fork a child for each request to start one, and tell how children have ended."""
-    for name in imported:
-        importlib.import_module(name)
-    threads = len(os.listdir("/proc/self/task"))
-    assert threads == 1, f"{threads} threads: a fork carries over but one"
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:
+            for name in IMPORTED.get(request["argv"][0], ()):
+                importlib.import_module(name)
+            threads = len(os.listdir("/proc/self/task"))
+            assert threads == 1, f"{threads} threads: a fork carries over but one"
             answer = os.fork()
             if answer == 0:
                 _become(request["argv"], request["log"])
@@ -181,16 +180,6 @@ def _become(argv: Sequence[str], log: str) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def until(true, seconds: float = 120.0, pause: float = 0.002) -> bool:
-    """Wait for something to be true; False if it has not become so in time."""
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(pause)
-    return True
 
 
 def measured(run: Path) -> list[dict]:
@@ -244,4 +233,4 @@ def _differing(folder: Path, expected: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve()

@@ -60,9 +60,14 @@ def slot_leaves(optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """Optimizer state by slot (mu, exp_avg, exp_avg_sq) and Hugging Face name; zeros before the first update."""
     names = {parameter: name for name, parameter in optimizer.named_parameters.items()}
     slots = {"mu": optimizer.muon, "exp_avg": optimizer.adamw, "exp_avg_sq": optimizer.adamw}
+
+    def leaf(half, parameter: torch.Tensor, slot: str) -> torch.Tensor:
+        state = half.state[parameter]
+        return state[slot] if slot in state else torch.zeros_like(parameter)
+
     return {
         slot: {
-            names[parameter]: half.state[parameter].get(slot, torch.zeros_like(parameter))
+            names[parameter]: leaf(half, parameter, slot)
             for group in half.param_groups
             for parameter in group["params"]
         }
