@@ -123,7 +123,7 @@ def _has_room(arrays: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
     return torch.cuda.max_memory_reserved() + sum(tensor.nbytes for tensor in tensors) <= total
 
 
-def beside_updates(arrays: LazyArrays, device: str) -> LazyArrays:
+def _beside_updates(arrays: LazyArrays, device: str) -> LazyArrays:
     """The arrays, fetched from a GPU on a stream of their own: behind what is under way, beside what comes later."""
     if device == "cpu":
         return arrays
@@ -188,7 +188,7 @@ class Trainer:
             part: {name: x.detach().to(keep, copy=True) for name, x in tensors.items()}
             for part, tensors in arrays.items()
         }
-        lazy = {part: beside_updates(to_hf_lazily(copies[part]), keep) for part in arrays}
+        lazy = {part: _beside_updates(to_hf_lazily(copies[part]), keep) for part in arrays}
         return Snapshot(lazy.pop("weights"), lazy, *self.counts())
 
     def counts(self) -> tuple[int, int]:
