@@ -181,7 +181,8 @@ class Trainer:
         return optimizer_slots(self.state.optimizer)
 
     def snapshot(self) -> Snapshot:
-        arrays = {"weights": dict(self.state.model.named_parameters()), **slot_leaves(self.state.optimizer)}
+        arrays: dict[str, Mapping[str, torch.Tensor]] = {"weights": dict(self.state.model.named_parameters())}
+        arrays |= slot_leaves(self.state.optimizer)
         # Updates are in place. A copy on the device is made between two of them, and fetched beside those to come.
         keep = self.device if _has_room(arrays) else "cpu"
         copies = {
