@@ -245,8 +245,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         text += [
             f"- `{flags}{row['command']}`: {row['cpu']}, of which other processes used "
             f"{row['cores_used_by_others']:.2f}; {row['environment']['device']}; {versions}; commit "
-            f"{row['git_commit']}; {row['date']}. {len(row['seconds']['update'])} rounds in alternating order, "
-            f"{row['tokens_per_update']:,} tokens per update."
+            f"{row['git_commit']}; {row['date']}. Rounds in alternating order: "
+            f"{len(row['seconds']['update'])}; tokens per update: {row['tokens_per_update']:,}."
         ]
     costs = {
         **{"preset": "l", "framework": "l", "state, MB": "r", "update without a save, s": "r"},

@@ -15,7 +15,7 @@ from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
 
 Params = dict[str, jax.Array]
-STRIP = 16
+_STRIP = 16
 """Rows transposed at once: few enough that what is written stays in a core's cache."""
 
 
@@ -67,8 +67,8 @@ def to_hf_lazily(params: Mapping[str, jax.Array | np.ndarray]) -> LazyArrays:
 def _transposed(matrix: np.ndarray) -> np.ndarray:
     """Its transpose in rows, made in strips, which is about twice as fast as at once."""
     transpose = np.empty(matrix.shape[::-1], matrix.dtype)
-    for begin in range(0, len(matrix), STRIP):
-        transpose[:, begin : begin + STRIP] = matrix[begin : begin + STRIP].T
+    for begin in range(0, len(matrix), _STRIP):
+        transpose[:, begin : begin + _STRIP] = matrix[begin : begin + _STRIP].T
     return transpose
 
 

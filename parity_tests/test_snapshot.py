@@ -30,8 +30,12 @@ SIDES = {"jax": jax_impl.train, "torch": torch_ref.train}
 ROOM = {"jax": "has_room", "torch": "_has_room"}
 BEFORE, AFTER = 2, 3
 """Updates before a snapshot is taken, and from then until it is read."""
-KINDS = [(side, precision) for side in SIDES for precision in PRECISIONS]
 ONCE = [(side, "float32") for side in SIDES]
+KINDS = [
+    *(*ONCE, ("torch", "float64"), ("torch", "bfloat16")),
+    *(pytest.param(("jax", precision), marks=pytest.mark.slow) for precision in ("float64", "bfloat16")),
+]
+"""Framework and precision; those that JAX compiles another update for are slow."""
 
 
 @functools.cache
