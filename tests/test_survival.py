@@ -256,6 +256,18 @@ def kills(field: Field, framework: str, count: int, aims: Sequence[str], seed: i
             file.write(json.dumps(report(framework, series)) + "\n")
 
 
+def test_the_comparison_of_runs_sees_a_bit_a_record_and_what_is_left(field):
+    whole, run = field.undisturbed("torch"), field.folder / "other"
+    shutil.copytree(whole, run)
+    assert differences(run, whole) == []
+    flip(run / "last" / "optimizer.safetensors", random.Random(0))
+    log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(log[:5] + log[6:]), encoding="utf-8")
+    (run / "samples.txt").write_text("the other\n", encoding="utf-8")
+    (run / ".best-old").mkdir()
+    assert differences(run, whole) == ["records", "last/optimizer.safetensors", "samples.txt", ".best-old is left"]
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(field):
     """In torch, which compiles nothing; tests/test_training_run.py kills JAX once."""
     kills(field, "torch", 7, AIMS[:3], seed=0)
