@@ -360,7 +360,11 @@ class _Run:
             diagnosis = self.trainer.diagnose(*self._batch(began), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
-        good = last_good(self.folder, before=began)
+        # The loss of update `began` is that of the weights before it, so the state in between may be bad itself.
+        before = began - 1
+        good = last_good(self.folder, before=before)
+        if good is None:
+            before, good = began, last_good(self.folder, before=began)
         file = save_evidence(
             rolled_back(config, self.rollbacks),
             watch,
@@ -381,7 +385,7 @@ class _Run:
             self._fail(reason)
         del self.trainer  # Its memory is the next one's.
         slower = (*self.rollbacks, rollback)
-        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=began)
+        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=before)
         rollback = again(state.position)  # A state that was good by its headers may have been damaged.
         assert rollback is not None, "the answer does not depend on the state"
         self.rollbacks, self.position = (*self.rollbacks, rollback), state.position

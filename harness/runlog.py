@@ -28,7 +28,7 @@ def step_line(
 ) -> str:
     """The text of one training line, the same in both frameworks; throughput is unknown while the step compiles."""
     speed = "-" if tok_s is None else f"{tok_s:,.0f}"
-    line = f"{_progress(step, steps)} | loss {loss:.4f} | grad_norm {grad_norm:.4f} | lr {lr:.3e}"
+    line = f"{_progress(step, steps)} | loss {_number(loss)} | grad_norm {_number(grad_norm)} | lr {lr:.3e}"
     return line + f" | tok/s {speed} | dt {dt_ms:,.0f} ms" + (f" | skipped {skipped}" if skipped else "")
 
 
@@ -36,8 +36,13 @@ def validation_line(
     step: int, steps: int, *, loss: float, accuracy: float, perplexity: float, bits_per_byte: float
 ) -> str:
     """The text of one evaluation, the same in both frameworks."""
-    line = f"{_progress(step, steps)} | val loss {loss:.4f} | accuracy {accuracy:.2%} | ppl {perplexity:,.2f}"
-    return line + f" | bits/byte {bits_per_byte:.4f}"
+    line = f"{_progress(step, steps)} | val loss {_number(loss)} | accuracy {accuracy:.2%}"
+    return line + f" | ppl {_number(perplexity, ',.2f')} | bits/byte {_number(bits_per_byte)}"
+
+
+def _number(value: float, form: str = ".4f") -> str:
+    """The text of a number, which may have hundreds of digits in a run that diverges."""
+    return f"{value:{form}}" if abs(value) < 1e9 else f"{value:.3e}"
 
 
 def _progress(step: int, steps: int) -> str:

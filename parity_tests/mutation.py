@@ -1,12 +1,16 @@
 """A pytest plugin that plants one bug: it edits a module's source while Python imports it, and no file changes.
 
-`MUTANT=NAME python -m pytest -p parity_tests.mutation ...` runs tests against the mutant of that name.
+`MUTANT=NAME python -m pytest -p parity_tests.mutation ...` runs tests against the mutant of that name, in the processes
+that they start as well.
 """
 
+import atexit
 import importlib.abc
 import importlib.machinery
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from parity_tests import mutant_catalogue, mutant_gaps
 from parity_tests.mutant import Edit
@@ -46,8 +50,20 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _plant_in_children() -> None:
+    """Have every Python that this process starts import this module first, whatever it runs."""
+    if "MUTANT_PLANTED" in os.environ:  # by a process above
+        return
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    (Path(folder.name) / "sitecustomize.py").write_text("import parity_tests.mutation\n", encoding="utf-8")
+    paths = [folder.name, str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "MUTANT_PLANTED": "1"}
+
+
 if "MUTANT" in os.environ:
     _mutant = {mutant.name: mutant for mutant in MUTANTS}[os.environ["MUTANT"]]
     if _loaded := [edit.module for edit in _mutant.edits if edit.module in sys.modules]:
         raise RuntimeError(f"{_loaded[0]} is imported already; load this plugin with -p.")
     sys.meta_path.insert(0, _Finder(_mutant.edits))
+    _plant_in_children()

@@ -2,6 +2,9 @@
 
 import collections
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,18 @@ def test_an_edit_that_does_not_apply_is_an_error():
     source = Path(importlib.util.find_spec(edit.module).origin).read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="occurs 0 times"):
         mutate(source, edit)
+
+
+def test_a_bug_is_planted_in_the_processes_that_a_test_starts():
+    mutant = next(mutant for mutant in MUTANTS if mutant.module == "recipe.schedule")
+    child = "import recipe.schedule; print(type(recipe.schedule.__loader__).__name__)"
+    parent = "import subprocess, sys, parity_tests.mutation; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", parent, child]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MUTANT")}
+    environment["PYTHONPATH"] = str(ROOT)
+    for planted, loader in (({"MUTANT": mutant.name}, "_MutatingLoader"), ({}, "SourceFileLoader")):
+        found = subprocess.run(command, env=environment | planted, capture_output=True, text=True, check=True)
+        assert (found.stdout, found.stderr) == (loader + "\n", "")
 
 
 def test_every_mutant_has_its_day():
