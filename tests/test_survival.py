@@ -25,6 +25,7 @@ from harness.runlog import read_metrics
 from harness.state import EARLIER, clear_scratch, find_state, load_state, set_aside, state_folders
 from harness.tensors import Damaged
 from recipe.config import UserError
+from tests import soak
 from tests.survival import SMALL, Child, Nursery, differences, write_corpus
 from tests.test_loop import (  # noqa: F401
     Killed,
@@ -490,3 +491,14 @@ def test_a_flipped_bit_in_each_file(field, framework, where, file):
     assert code == 0 and named[where] in said, said
     shutil.rmtree(run / "best-damaged-1", ignore_errors=True)
     assert differences(run, field.undisturbed(framework)) == []
+
+
+def test_a_soak_finds_what_grows():
+    steady = [{"updates": 100 * n, **dict.fromkeys(soak.BOUNDED, 10 + n % 3)} for n in range(20)]
+    assert soak.grown(steady) == []
+    leaking = [each | {"open_files": 10 + each["updates"] // 500} for each in steady]
+    assert soak.grown(leaking) == ["open_files"]
+    rising = [{"updates": 100 * n, "rss_kib": 7 * n} for n in range(9)]
+    assert round(soak.per_1000_updates(rising, "rss_kib")) == 70
+    with pytest.raises(UserError, match="too few to see growth"):
+        soak.SoakCommand(minutes=1)
