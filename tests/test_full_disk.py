@@ -29,6 +29,8 @@ from tests.survival import SMALL, Nursery, differences, leftovers, write_corpus
 from tests.test_every_moment import MOVES
 from tests.test_loop import assert_same_runs, config, elsewhere, no_picture, resumed, train  # noqa: F401
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
 MODES = {
     "full for a moment": (errno.ENOSPC, True),
     "full from then on": (errno.ENOSPC, False),
