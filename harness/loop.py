@@ -174,8 +174,8 @@ class _Run:
             interruption.where = "before going on" if self.config.resume else "before the first update"
             self.trainer = self._go_on() if self.config.resume else self._begin()
             baselines = ngram_baselines(self.dataset)
-        about = dict(framework=self.framework, environment=self.trainer.environment)
-        how = {"resume_at": self.position} if self.state else {"again": self.begun}
+        about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
+        how: dict[str, Any] = {"resume_at": self.position} if self.state else {"again": self.begun}
         with RunLog(folder, self.config, **about, **how) as self.log, Saver() as self.saver:
             self.log.header(describe(self.config, self.trainer.environment))
             self.log.header(_describe_data(self.config, self.dataset))
@@ -338,9 +338,12 @@ class _Run:
     def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
         """Log these updates, which took so long in all; why the run is to stop, if it is."""
         reason = None
-        for step, metrics in [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]:
-            self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
-            self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
+        # All are read before the first is written: that waits for the device.
+        read: list[tuple[int, dict[str, Any]]]
+        read = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+        for step, values in read:
+            self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **values)
+            self.watch.see(step, values["loss"], int(values["skipped"]))
             reason = reason or self.watch.verdict()
         return reason
 
