@@ -339,6 +339,7 @@ class _Run:
     def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
         """Log these updates, which took so long in all; why the run is to stop, if it is."""
         reason = None
+        # All are read before the first is written: that waits for the device.
         records: list[tuple[int, dict[str, Any]]]
         records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
         for step, metrics in records:

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ import pytest
 import jax_impl.diagnosis
 import jax_impl.train
 import torch_ref.train
-from harness import loop
+from harness import cli, loop
 from harness.divergence import Rollback
 from harness.runlog import RunLog, read_metrics
 from harness.state import load_state
@@ -244,6 +245,25 @@ def test_a_run_killed_while_it_rolls_back_ends_as_if_it_had_not_been(how, config
     assert_same_runs(config.out, out)
     assert load_state(Path(config.out) / "last").rollbacks == (ONE,)
     assert [record for record in records(config.out) if record["kind"] == "rollback"] == [FINITE]
+
+
+def test_a_signal_while_a_run_rolls_back_waits_for_the_state_it_goes_back_to(
+    config, made, tmp_path, monkeypatch, capsys
+):
+    out, _ = uninterrupted(config, "torch", made, tmp_path)
+    save_evidence = loop.save_evidence
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return save_evidence(*arguments, **options)
+
+    monkeypatch.setattr(loop, "save_evidence", interrupted)
+    assert cli.run(lambda: train(config, "torch")) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"stopped by SIGTERM after step 6; go on with: python train_torch.py --resume {config.out}"
+    assert load_state(Path(config.out) / "last").rollbacks == (ONE,)
+    train(resumed(config), "torch")
+    assert_same_runs(config.out, out)
 
 
 def test_a_second_divergence_rolls_back_again_and_one_too_many_stops(config, tmp_path, capsys):
