@@ -985,10 +985,10 @@ SURVIVAL = (
     ),
     slip(
         "durability",
-        "a cached tokenizer has no hash",
+        "a cached tokenizer's hash is not compared",
         "recipe.data",
-        'for file in sorted(scratch.rglob("*")) if file.is_file()]',
-        'for file in sorted(scratch.rglob("*.npy")) if file.is_file()]',
+        "    for name, digest in hashes.items():\n",
+        '    for name, digest in ((name, hashes[name]) for name in hashes if name != "tokenizer.json"):\n',
         "tests/test_data.py",
     ),
     slip(
@@ -1212,10 +1212,10 @@ STOPPING = (
     ),
     slip(
         "signals",
-        "a busy main thread is never ended",
+        "a busy main thread is ended with another code",
         "harness.interruption",
-        "self._ending = time.monotonic() >= last._deadline",
-        "self._ending = False",
+        "_end(128 + last._number(), last._line())",
+        "_end(1, last._line())",
         SIGNALS,
     ),
     slip(
