@@ -13,6 +13,7 @@ from harness.commands import plot
 from harness.commands.generate import GenerateCommand, generate_text
 from harness.commands.train import parse_run_config
 from harness.folders import save_folder
+from harness.manifest import seal
 from recipe import reading
 from recipe.config import DataConfig, ModelConfig, PrecisionConfig, RunConfig, UserError
 from recipe.corpus import load_documents
@@ -153,5 +154,6 @@ def test_another_tokenizer_in_last_is_refused(config):  # noqa: F811
     last = Path(config.out) / "last"
     (Path(config.out) / "loss.png").unlink()
     train_bpe(["another text altogether"], 280).save(last)
+    seal(last, "run.json", {k: v for k, v in read_json(last / "run.json").items() if k != "checksum"}, {})
     with pytest.raises(UserError, match=r"its tokenizer\.json is not that of its text"):
         train(resumed(dataclasses.replace(config, steps=3, save_every=3, eval_every=3)))
