@@ -28,7 +28,7 @@ from harness.divergence import (
 from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
-from harness.interruption import Interruption
+from harness.interruption import Interruption, Terminated
 from harness.plot import plot_runs
 from harness.preflight import (
     check_begun,
@@ -177,7 +177,7 @@ class _Run:
             baselines = ngram_baselines(self.dataset)
         about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
         about |= {"resume_at": self.position} if self.state else {"again": self.begun}
-        with RunLog(folder, self.config, **about) as self.log, Saver() as self.saver:
+        with self._last_word(), RunLog(folder, self.config, **about) as self.log, Saver() as self.saver:
             self.log.header(describe(self.config, self.trainer.environment))
             self.log.header(_describe_data(self.config, self.dataset))
             self.log.header([f"disk       {disk_need(self.config)}"])
@@ -201,6 +201,16 @@ class _Run:
         print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
         kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
         print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
+
+    @contextlib.contextmanager
+    def _last_word(self) -> Iterator[None]:
+        """End a run that a signal ends with a line that is true: a state may have been written meanwhile."""
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            if self.interruption.signal is None:
+                raise
+            self.interruption.leave()
 
     def _go_on_with(self) -> str:
         """How to go on with a run that has a state."""
@@ -480,7 +490,10 @@ class _Run:
                 keep_newest(folder, config.keep)
                 self.interruption.remedy = self._go_on_with()
 
+        first = state and not state_folders(folder)
         self.saver.submit(write)
+        if first:
+            self.saver.wait()  # From here on there is something to go on from, and what is wrong with the disk shows.
 
     def _fail(self, reason: str) -> NoReturn:
         """One line on stderr and exit code 1: why, what the folder keeps, how to go on."""

@@ -84,6 +84,7 @@ def test_the_block_is_compared_by_the_command_of_the_page(folder):
     assert list((folder / "report").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_llama_is_the_original(folder):
     done = run(folder, "llama.py")
     assert done.returncode == 0, done.stderr

@@ -355,7 +355,7 @@ def test_a_sequence_that_is_too_long_is_refused(twin):
         logits(random_tokens(model, 1, 9))
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_weights_rounded_once_are_weights_rounded_each_time(tied):
     """Loss and every gradient bit for bit, and gradients of the parameters' dtype."""
     model = dataclasses.replace(MODEL, tie_word_embeddings=tied, dropout=0.0)

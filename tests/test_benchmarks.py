@@ -79,6 +79,7 @@ def test_a_small_run_writes_rows_that_agree_and_add_up(finished):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_one_worker_at_a_time_is_started_twice_and_shows_the_warm_cache(tmp_path):
     """The notebook's path beside ours, in torch alone, which starts fastest."""
     out = tmp_path / "alone"

@@ -56,7 +56,11 @@ def unwatched():
     REAPER.watch(None)
 
 
-@pytest.fixture(params=RHYTHMS)
+QUICK = ("evaluated more often", "coprime")
+"""The others are run at night."""
+
+
+@pytest.fixture(params=[r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in RHYTHMS])
 def rhythm(request, config) -> RunConfig:  # noqa: F811
     eval_every, save_every = RHYTHMS[request.param]
     return dataclasses.replace(

@@ -62,6 +62,7 @@ def three_commands(monkeypatch):
     monkeypatch.setattr(gpu, "PREAMBLE", "print('versions')")
 
 
+@pytest.mark.slow
 def test_a_failure_stops_nothing_and_only_it_is_repeated(three_commands, tmp_path, capfd):
     out = tmp_path / "trial"
     assert not gpu.run_stage("trial", out, limit=3, dry=True)

@@ -17,7 +17,10 @@ def test_there_is_one_for_each_library():
     assert {file.stem for file in EXAMPLES} == {"muon_linen", "muon_nnx", "muon_equinox"}
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=[pytest.mark.slow] * ("nnx" not in file.stem), id=file.stem) for file in EXAMPLES],
+)
 def test_an_example_runs_and_learns(file):
     command, environment = [sys.executable, "-W", "error", str(file)], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)

@@ -240,7 +240,7 @@ RHYTHMS = {"evaluated more often": (1, 2), "saved more often": (2, 1)}
 """Updates between evaluations and between saves."""
 
 
-@pytest.fixture(params=RHYTHMS)
+@pytest.fixture(params=["evaluated more often", pytest.param("saved more often", marks=pytest.mark.slow)])
 def rhythm(request, config, tmp_path, root) -> RunConfig:  # noqa: F811
     """A run to be watched; an uninterrupted one like it lies in `other` already."""
     eval_every, save_every = RHYTHMS[request.param]

@@ -293,9 +293,10 @@ def test_a_signal_while_another_process_tokenises_ends_the_wait(short_run, whole
 
 def test_a_writer_is_waited_for_though_a_signal_ended_the_first_wait():
     """It lets nobody else into the folder before it has given up."""
-    left, written = threading.Event(), []
+    begun, left, written = threading.Event(), threading.Event(), []
 
     def write() -> None:
+        begun.wait()
         signal.raise_signal(TERM)
         signal.raise_signal(TERM)
         left.wait()
@@ -305,6 +306,7 @@ def test_a_writer_is_waited_for_though_a_signal_ended_the_first_wait():
     with pytest.raises(Terminated), Interruption(), Saver() as saver:
         saver.submit(write)
         try:
+            begun.set()
             saver.wait()
         finally:
             left.set()

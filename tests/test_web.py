@@ -124,7 +124,7 @@ def picture(browser, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("module", ["jax_impl.generate", "torch_ref.generate"])
+@pytest.mark.parametrize("module", ["jax_impl.generate", pytest.param("torch_ref.generate", marks=pytest.mark.slow)])
 def test_the_page_writes_the_text_of_the_command_line(module, checkpoint, browser):
     expected = generate(module, checkpoint, "--prompt", "the quick").stdout.rstrip("\n")
     assert len(expected) > len("the quick")

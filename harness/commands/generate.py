@@ -15,7 +15,7 @@ import tyro
 
 from harness import cli, generation_config, web
 from harness.chat import ChatTemplate
-from harness.folders import find_weights, load_folder, steadily
+from harness.folders import find_weights, load_config, load_folder, steadily
 from harness.text import text_pieces
 from recipe.config import ModelConfig, PrecisionConfig, UserError, require
 from recipe.sampling import Generator, SamplingOptions, make_batch
@@ -83,14 +83,14 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
     sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
 
     def read(folder: Path) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None, SamplingOptions, Generator]:
-        tokenizer = load_tokenizer(folder)
+        tokenizer, rows = load_tokenizer(folder), load_config(folder).vocab_size
         template = ChatTemplate(folder) if command.chat else None
-        config, weights = load_folder(folder)
         require(
-            tokenizer.vocab_size <= config.vocab_size,
-            f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {config.vocab_size}; "
-            "use the tokenizer.json the weights came with.",
+            tokenizer.vocab_size <= rows,
+            f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {rows}; use the "
+            "tokenizer.json the weights came with.",
         )
+        config, weights = load_folder(folder)
         options = SamplingOptions(**sampling | {"stop_ids": generation_config.stop_ids(folder, tokenizer)})
         require(
             template is None or (options.samples == 1 and not command.prompt),
