@@ -696,7 +696,7 @@ DURABILITY = (
         "harness.state",
         'for folder in (Path(run) / "best", Path(run) / "last"):',
         'for folder in (Path(run) / "last",):',
-        MOMENTS,
+        LOOP,
     ),
     slip(
         "durability",

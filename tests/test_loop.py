@@ -260,6 +260,16 @@ def test_a_run_killed_between_the_two_renames_goes_on(config, tmp_path):
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["best", "earlier", "last"]
 
 
+def test_the_best_weights_that_a_killed_run_had_set_aside_are_put_back(config, tmp_path, capsys):
+    train(elsewhere(config, tmp_path))
+    with pytest.raises(Killed):
+        train(config, kill_at(10))
+    (Path(config.out) / "best").rename(Path(config.out) / ".best-old")
+    train(resumed(config))
+    assert "warning" not in capsys.readouterr().err
+    assert_same_runs(config.out, str(tmp_path / "other"))
+
+
 def test_a_finished_run_is_not_resumed(config):
     train(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
