@@ -116,6 +116,7 @@ def test_both_name_the_same_first_tensor(case, run):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if CASES[case][1] and CASES[case][1][0] not in ("weight", "update")]
 )
+@pytest.mark.slow
 def test_the_taps_of_the_parity_tests_name_it_too(case):
     run = RUNS["plain"]
     weights = weights_of(case, run)

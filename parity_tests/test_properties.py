@@ -251,6 +251,7 @@ def test_computing_blocks_again_changes_nothing(twin, dropout_seed):
     check_all(grads | {"loss": np.array(loss)}, kept | {"loss": np.array(kept_loss)}, allowance_of(compute).get)
 
 
+@pytest.mark.slow
 def test_computing_blocks_again_keeps_less_in_memory():
     """What waits for the backward pass: of every block its input alone, not some fifteen arrays of that size."""
     model = dataclasses.replace(AWKWARD, num_hidden_layers=6)

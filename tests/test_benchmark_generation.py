@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
     return done, out
 
 
+@pytest.mark.slow
 def test_all_ways_write_the_same_text_and_their_rows_add_up(finished):
     done, out = finished
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ from parity_tests.fuzz import faults, fuzz
 from parity_tests.fuzz_targets import TARGETS
 from tests.planted_readers import READERS
 
-INPUTS = 150
+INPUTS = 100
 
 
 @pytest.fixture(scope="module")

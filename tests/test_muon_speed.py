@@ -53,6 +53,7 @@ def finished(tmp_path_factory):
     return done, out
 
 
+@pytest.mark.slow
 def test_a_small_run_times_every_row_and_its_table_adds_up(finished):
     done, out = finished
     result = json.loads(out.with_suffix(".json").read_text())
@@ -79,6 +80,7 @@ def test_a_small_run_times_every_row_and_its_table_adds_up(finished):
     )
 
 
+@pytest.mark.slow
 def test_the_first_updates_are_the_same_but_for_rounding(finished):
     result = json.loads(finished[1].with_suffix(".json").read_text())
     off = {row["row"]: row["first_update_difference"] for row in result["rows"]}
@@ -86,6 +88,7 @@ def test_the_first_updates_are_the_same_but_for_rounding(finished):
     assert all(0 < difference <= muon_speed.ALLOWED for difference in off.values())
 
 
+@pytest.mark.slow
 def test_the_best_of_the_others_iterates_in_the_same_dtype_and_is_not_ours(finished):
     result = json.loads(finished[1].with_suffix(".json").read_text())
     assert ROWS[verdict(result)["best"]].theirs and verdict(result)["best"] != "optax"

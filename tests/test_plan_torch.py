@@ -49,6 +49,7 @@ def test_chunks_of_logits_move_less_and_dropout_and_scores_move_more(counts):
         assert 0 < count["mfu"] < 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints_and_refuses_what_it_cannot_count(tmp_path):
     out = tmp_path / "plan.json"
     command = [

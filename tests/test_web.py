@@ -147,6 +147,7 @@ def test_the_page_writes_the_text_of_the_command_line(module, checkpoint, browse
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_talk_on_the_page_is_the_talk_on_the_terminal(checkpoint, browser):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
