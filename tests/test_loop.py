@@ -270,6 +270,21 @@ def test_the_best_weights_that_a_killed_run_had_set_aside_are_put_back(config, t
     assert_same_runs(config.out, str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("file", ["run.json", "model.safetensors"])
+def test_a_run_without_a_sound_state_is_refused_and_nothing_is_moved(file, config):
+    """A garbled run.json shows at once, a flipped bit of a tensor when it is read."""
+    with pytest.raises(Killed):
+        train(config, kill_at(8))
+    for state in state_folders(Path(config.out)):
+        data = bytearray((state / file).read_bytes())
+        data[-3] ^= 1
+        (state / file).write_bytes(data)
+    before = {path.name for path in Path(config.out).iterdir()}
+    with pytest.raises(UserError, match=r"holds no sound state: .*(not JSON|is not what was written)"):
+        train(resumed(config))
+    assert {path.name for path in Path(config.out).iterdir()} == before
+
+
 def test_a_finished_run_is_not_resumed(config):
     train(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}

@@ -10,7 +10,7 @@ import pytest
 from harness import cli
 from harness.commands import checkpoint
 from harness.folders import load_folder, save_folder
-from harness.manifest import MANIFEST, check_files, file_hash
+from harness.manifest import MANIFEST, check_files, file_hash, seal
 from harness.state import SLOTS, load_state, save_state
 from harness.tensors import Damaged, write_tensors
 from recipe.config import UserError
@@ -152,3 +152,34 @@ def test_an_export_has_hashes_of_its_own(sealed, tmp_path, monkeypatch, capsys):
     assert cli.run(checkpoint.main) == 0
     files = check_files(tmp_path / "out", tensors=True)
     assert files is not None and MANIFEST not in files and "tokenizer.json" in files
+
+
+def unsealed(tmp_path) -> Path:
+    save_folder(tmp_path / "theirs", MODEL, init_params(MODEL, 0), train_bpe([TEXT], 280))
+    return tmp_path / "theirs"
+
+
+def test_a_folder_without_hashes_is_told_to_be_damaged_by_what_can_be_seen(tmp_path):
+    theirs = unsealed(tmp_path)
+    (theirs / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        load_folder(theirs)
+    (theirs / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_folder(theirs)
+    (theirs / "tokenizer.json").write_text('{"model": 3}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
+        load_tokenizer(theirs)
+    (theirs / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(theirs)
+
+
+def test_an_optimizer_that_was_written_so_and_is_none_is_told(sealed, tmp_path):
+    last = shutil.copytree(sealed["last"], tmp_path / "last")
+    (last / "optimizer.safetensors").write_bytes(b"nonsense")
+    values = json.loads((last / "run.json").read_text(encoding="utf-8"))
+    del values["checksum"]
+    seal(last, "run.json", values, {})
+    with pytest.raises(UserError, match="go on from another copy of the state"):
+        load_state(last)
