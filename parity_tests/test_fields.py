@@ -395,7 +395,7 @@ OTHERS = {
     "out": "every test of the loop has a folder of its own",
     "init": "tests/test_loop.py::test_weights_to_begin_with",
     "resume": "tests/test_loop.py::test_a_killed_run_resumed_equals_an_uninterrupted_one",
-    "keep": "tests/test_loop.py: how many states a run leaves",
+    "keep": "tests/test_may_differ.py::test_another_number_of_states_is_kept_from_then_on",
     "divergence_factor": "tests/test_divergence.py::test_the_factor_decides",
     "max_diverging": "tests/test_divergence.py::test_the_limits_decide",
     "on_divergence": "tests/test_divergence.py::test_a_run_that_may_not_roll_back_stops",
