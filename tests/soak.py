@@ -30,8 +30,8 @@ GLANCES, PAUSE = 40, 0.02
 """How often a sample looks, and the seconds between."""
 STEPS = 1_000_000
 """More updates than an hour has time for."""
-BOUNDED = ("open_files", "threads", "entries", "folder_bytes")
-"""What must not grow; the log does, and memory is judged by the reader."""
+BOUNDED = ("open_files", "threads", "entries", "folder_kib")
+"""What must not grow; the log does, numbers gain digits by bytes, and memory is judged by the reader."""
 SETTLING = 2
 """First samples left out: what a process needs once, it may take late."""
 
@@ -65,7 +65,7 @@ def glance(pid: int, run: Path) -> dict[str, int]:
         "open_files": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": len(os.listdir(f"/proc/{pid}/task")),
         "entries": entries,
-        "folder_bytes": size,
+        "folder_kib": -(-size // 1024),
     }
 
 
