@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -59,6 +60,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     `before` comes from a file and may hold anything. Of the environment, what only one side knows says nothing.
     """
+    now = json.loads(json.dumps(now))  # as a file has it: a tuple is a list there
     old, new = _flat(before.get("environment")), _flat(now.get("environment"))
     known = [name for name in new if name in old and name not in (*PACKAGES, "device")]
     changes = {

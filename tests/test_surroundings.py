@@ -22,6 +22,12 @@ def test_nothing_differs_from_oneself():
         assert differences(json.loads(json.dumps(now)), now) == []
 
 
+def test_a_tuple_is_the_list_that_a_file_has_of_it():
+    now = {"environment": {"machine": {"compiler_options": (("a", "b"),)}}}
+    assert differences(json.loads(json.dumps(now)), now) == []
+    assert differences({"environment": {"machine": {"compiler_options": []}}}, now) != []
+
+
 def test_each_kind_has_its_line():
     before = {
         **{"framework": "torch", "git_commit": COMMITS[0], "python": "3.11.2", "platform": "Linux-5"},
