@@ -37,7 +37,8 @@ INPUT_NAMES = {
     "mlp.down_proj": "mlp.hidden",
     "post_attention_layernorm": "residual",
 }
-"""End of a module's path -> what its input is called, where no module puts that tensor out."""
+"""End of a module's path -> what its input is called, where no module puts that tensor out. The cotangent of such a tap
+is what flows back through this module alone."""
 
 
 def input_name(path: str) -> str | None:

@@ -170,8 +170,7 @@ class _Run:
         interruption, folder = self.interruption, self.folder
         interruption.where, interruption.remedy = "while reading the text", self._again()
         with interruption.at_once():
-            chosen = self._hold() if self.config.resume else None
-            self.dataset = self._read(chosen)
+            self.dataset = self._read(self._hold() if self.config.resume else None)
             interruption.where = "before going on" if self.config.resume else "before the first update"
             self.trainer = self._go_on() if self.config.resume else self._begin()
             baselines = ngram_baselines(self.dataset)
@@ -220,20 +219,20 @@ class _Run:
         """How to go on with a run that has saved nothing yet."""
         return self._go_on_with() if self.config.resume else "the same command begins it again"
 
-    def _hold(self) -> Path:
-        """Hold the folder to go on in, and look for its newest state."""
+    def _hold(self) -> tuple[Path, TrainingState]:
+        """Hold the folder to go on in; its newest state, and where that lies."""
         find_state(self.folder, load_state)
         self.alone.enter_context(_alone(self.folder))
         chosen, state = find_state(self.folder, load_state)
         complete = state.position == self.config.steps and finished(self.folder, self.config)
         require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
-        return chosen
+        return chosen, state
 
-    def _read(self, chosen: Path | None) -> Dataset:
+    def _read(self, newest: tuple[Path, TrainingState] | None) -> Dataset:
         """The text, after all that can be known to be wrong has been looked at."""
         config, folder = self.config, self.folder
-        if chosen is not None:
-            dataset = text_again(config, load_state(chosen), chosen)
+        if newest is not None:
+            dataset = text_again(config, *newest)
         else:
             check_place(config)
             if folder.is_dir():

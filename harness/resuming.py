@@ -22,7 +22,7 @@ from recipe.tokenizer import Tokenizer, load_tokenizer
 T = TypeVar("T")
 
 
-def text_again(config: RunConfig, state: TrainingState, saved_in: Path) -> Dataset:
+def text_again(config: RunConfig, saved_in: Path, state: TrainingState) -> Dataset:
     """The dataset of a run to go on with, read with the copy of its tokenizer beside the state.
 
     UserError, which says what to restore, if it cannot be had or is another than the run began with.

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+NO_ROOM = "note: the device has no room for a copy of the state, so training waits at each save until the host has one"
+"""What a trainer says once if it cannot keep a snapshot beside what it trains."""
+
 
 class LazyArrays(Mapping[str, np.ndarray]):
     """Arrays by name whose shapes are known and whose values are made when they are asked for, one at a time."""

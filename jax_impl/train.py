@@ -19,7 +19,7 @@ import optax
 
 from harness import loop
 from harness.divergence import Diagnosis
-from harness.saving import Snapshot
+from harness.saving import NO_ROOM, Snapshot
 from jax_impl import random
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import has_room, machine, on_device_of
@@ -183,6 +183,8 @@ class Trainer:
             # Shared by all runs beside this one, so that a second run starts without compiling.
             jax.config.update("jax_compilation_cache_dir", str(Path(config.out).resolve().parent / ".jax-cache"))
         self.config = config
+        self.room: bool | None = None
+        """Whether the device can hold a copy of the state; None before the first save."""
         self.state = init_state(config, weights)
         self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
         device = jax.devices()[0]
@@ -217,10 +219,11 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         arrays = {"weights": self.state.params, **slot_leaves(self.state.opt_state)}
         # The next update is given the state's own buffers. A copy on the device is made between two updates, in order.
-        if has_room(sum(array.nbytes for array in jax.tree.leaves(arrays))):
-            copies = _copied(arrays)
-        else:
-            copies = jax.tree.map(np.array, arrays)
+        if self.room is None:  # Asked once: later the peak holds a copy already.
+            self.room = has_room(sum(array.nbytes for array in jax.tree.leaves(arrays)))
+            if not self.room:
+                print(NO_ROOM, file=sys.stderr)
+        copies = _copied(arrays) if self.room else jax.tree.map(np.array, arrays)
         lazy = {part: to_hf_lazily({path: copies[part][path] for path in arrays[part]}) for part in arrays}
         return Snapshot(lazy.pop("weights"), lazy, *self.counts())
 

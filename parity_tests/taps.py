@@ -21,6 +21,7 @@ import jax_impl.model
 import jax_impl.weights
 import torch_ref.model
 import torch_ref.weights
+from harness.divergence import INPUT_NAMES
 from jax_impl import random as jax_random
 from parity_tests.compare.jax_side import patched_calls
 from parity_tests.compare.report import Operation
@@ -29,15 +30,6 @@ from parity_tests.compare.walk import FunctionTap, Walk, to_numpy
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining, x64
 from recipe.params import param_specs
 from torch_ref import random as torch_random
-
-INPUT_TAPS = {
-    "self_attn.o_proj": "self_attn.attention",
-    "mlp.down_proj": "mlp.hidden",
-    "post_attention_layernorm": "residual",
-}
-"""End of a module's path -> what its input is called, where no module puts that tensor out. The cotangent of such a tap
-is what flows back through this module alone."""
-
 
 ROPE_NAMES = ("q_rope", "k_rope")
 JAX_ROPE = FunctionTap(jax_impl.model, "apply_rope", ROPE_NAMES)
@@ -78,7 +70,7 @@ def jax_taps(
     def is_array(value):
         return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
 
-    walk = Walk(record, is_array, inputs=INPUT_TAPS)
+    walk = Walk(record, is_array, inputs=INPUT_NAMES)
     paths = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
     kinds = {type(module) for _, module in nnx.iter_modules(model)}
     with walk.functions(functions), patched_calls(walk, kinds, lambda module: paths.get(id(module))):
@@ -158,7 +150,7 @@ def torch_model_taps(
     inputs, targets = torch.tensor(inputs_BT), torch.tensor(targets_BT).long()
     side.module.zero_grad()
     with (
-        torch_taps(side.module, functions=[TORCH_ROPE], inputs=INPUT_TAPS) as (forward, cotangents),
+        torch_taps(side.module, functions=[TORCH_ROPE], inputs=INPUT_NAMES) as (forward, cotangents),
         torch.set_grad_enabled(backward),
     ):
         loss = side.module.loss(inputs, targets, dropout_key=key)
@@ -176,7 +168,7 @@ def transformers_taps(model, inputs_BT: np.ndarray, targets_BT: np.ndarray, *, b
     inputs, targets = torch.tensor(inputs_BT).long(), torch.tensor(targets_BT).long()
     model.zero_grad()
     with (
-        torch_taps(model.model, functions=[rope], inputs=INPUT_TAPS) as (forward, cotangents),
+        torch_taps(model.model, functions=[rope], inputs=INPUT_NAMES) as (forward, cotangents),
         torch.set_grad_enabled(backward),
     ):
         # Tapped from the inner model on, so that what we call logits and loss is its own head's.

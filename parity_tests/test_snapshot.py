@@ -19,7 +19,7 @@ import torch
 
 import jax_impl.train
 import torch_ref.train
-from harness.saving import Saver, Snapshot
+from harness.saving import NO_ROOM, Saver, Snapshot
 from harness.state import SLOTS, TrainingState, load_state, save_state
 from parity_tests.cases import AWKWARD, PRECISIONS, random_tokens, random_weights, run_config
 from parity_tests.sides import x64
@@ -54,7 +54,7 @@ def kind(request):
     side, precision = request.param
     trainer = trainer_of(side, precision)
     with x64(PRECISIONS[precision]):
-        trainer.state = SIDES[side].init_state(trainer.config, random_weights(MODEL))
+        trainer.state, trainer.room = SIDES[side].init_state(trainer.config, random_weights(MODEL)), None
         yield trainer, side, precision
 
 
@@ -118,6 +118,19 @@ def test_a_snapshot_read_later_in_another_thread_is_the_state_of_its_update(kind
     assert_same_bits(found, earlier)
     assert_same_bits(held(trainer), later)  # a snapshot changes no update
     assert any(found[name].tobytes() != later[name].tobytes() for name in found), "the updates change something"
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("kind", ONCE, ids="-".join, indirect=True)
+def test_whether_there_is_room_is_asked_once_and_said_if_not(kind, room, monkeypatch, capsys):
+    """The most memory in use so far would hold the first copy already when the second is made."""
+    trainer, side, _ = kind
+    answers = [room, not room]
+    monkeypatch.setattr(SIDES[side], ROOM[side], lambda size: answers.pop(0))
+    for _ in range(2):
+        trainer.snapshot()
+    assert answers == [not room]
+    assert capsys.readouterr().err == ("" if room else NO_ROOM + "\n")
 
 
 @pytest.mark.parametrize("kind", ONCE, ids="-".join, indirect=True)

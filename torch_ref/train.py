@@ -6,6 +6,7 @@ Twin: `jax_impl/train.py`.
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from harness import loop
 from harness.divergence import Diagnosis
-from harness.saving import LazyArrays, Snapshot
+from harness.saving import NO_ROOM, LazyArrays, Snapshot
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
@@ -147,6 +148,8 @@ class Trainer:
         if config.precision.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(config.precision.deterministic)
+        self.room: bool | None = None
+        """Whether the device can hold a copy of the state; None before the first save."""
         self.state = init_state(config, weights, self.device)
         self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
         self.environment = {
@@ -184,7 +187,11 @@ class Trainer:
         arrays: dict[str, dict[str, torch.Tensor]]
         arrays = {"weights": dict(self.state.model.named_parameters()), **slot_leaves(self.state.optimizer)}
         # Updates are in place. A copy on the device is made between two of them, and fetched beside those to come.
-        keep = self.device if _has_room(arrays) else "cpu"
+        if self.room is None:  # Asked once: later the peak holds a copy already.
+            self.room = _has_room(arrays)
+            if not self.room:
+                print(NO_ROOM, file=sys.stderr)
+        keep = self.device if self.room else "cpu"
         copies = {
             part: {name: x.detach().to(keep, copy=True) for name, x in tensors.items()}
             for part, tensors in arrays.items()
