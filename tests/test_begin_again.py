@@ -192,7 +192,7 @@ def test_the_same_command_beside_a_run_that_has_saved_nothing_gets_one_line(earl
     lines = []
 
     def intrude(position: int) -> None:
-        if position == 1:
+        if position == 0:  # later the first one itself writes to the folder, from its thread
             with monkeypatch.context() as patch:
                 patch.setattr(loop, "prepare", die)  # It is told before it reads the text.
                 lines.append(refused(early))
