@@ -34,6 +34,7 @@ SLOTS = ("mu", "exp_avg", "exp_avg_sq")
 YOUNGER = (
     *("max_skipped", "deterministic", "keep"),
     *("divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
+    *("mesh", "gather", "hosts"),
 )
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 EARLIER = "earlier"
@@ -207,6 +208,8 @@ def _read_config(values: dict, where: str) -> RunConfig:
     """
     usual = to_dict(RunConfig())
     for section, fields in [("", usual), *((name, part) for name, part in usual.items() if isinstance(part, dict))]:
+        if section in YOUNGER and section not in values:
+            continue
         given = take(values, section, dict, where) if section else values
         unknown = [f"{section}.{name}".strip(".") for name in given if name not in fields]
         if unknown:

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from recipe.dropout import RESOLUTION, threshold
+from recipe.mesh import parse_mesh
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -360,6 +361,45 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    """The processes of one JAX run, of which each has devices of its own; one process needs none of this."""
+
+    coordinator: str = ""
+    """ADDRESS:PORT of process 0, where the processes find each other; auto asks SLURM, Open MPI, GKE or the TPU pod
+    that started them; empty is a run of one process."""
+    count: int | None = None
+    """Processes in all; auto knows."""
+    index: int | None = None
+    """Number of this process, from 0; auto knows."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a process counts as dead. One that dies in an update is noticed at
+    once."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "hosts.")
+        _require_positive(self, "hosts.heartbeat")
+        plain = self.coordinator not in ("", "auto")
+        require(
+            self.coordinator in ("", "auto") or ":" in self.coordinator,
+            f"hosts.coordinator={self.coordinator} must be ADDRESS:PORT or auto; choose e.g. 10.0.0.1:1234.",
+        )
+        require(
+            not plain or (self.count is not None and self.index is not None),
+            f"hosts.coordinator={self.coordinator} needs --hosts.count and --hosts.index, those of all processes and "
+            "of this one; give both, or --hosts.coordinator auto.",
+        )
+        require(
+            plain or (self.count is None and self.index is None),
+            "hosts.count and hosts.index need --hosts.coordinator ADDRESS:PORT, where the processes find each other; "
+            "give it, or leave them out.",
+        )
+        require(
+            not plain or (self.count or 0) > (self.index or 0) >= 0,
+            f"hosts.index={self.index} must lie in [0, hosts.count={self.count}); number the processes from 0.",
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -413,6 +453,12 @@ class RunConfig:
     """Both learning rates are multiplied by it at each rollback; above 0 and at most 1."""
     keep: int = 2
     """States kept: last/ and the ones before it, in earlier/."""
+    mesh: str = ""
+    """Devices of a JAX run by axis, e.g. data=2,fsdp=4,tensor=1: data and fsdp divide the rows of a micro-batch, fsdp
+    also what is kept of each matrix, tensor heads, feed-forward width and vocabulary. Empty is one device."""
+    gather: Literal["update", "layer"] = "update"
+    """When what fsdp divides is gathered: update once for all micro-batches, which sends least; layer where each layer
+    needs it, micro-batch by micro-batch, which holds least."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     tensorboard: bool = False
@@ -424,6 +470,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -455,6 +502,15 @@ class RunConfig:
             f"sequence_length={self.sequence_length} exceeds model.max_position_embeddings={limit}; "
             "lower the one or raise the other.",
         )
+        try:
+            mesh = parse_mesh(self.mesh)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        require(
+            mesh is None or self.batch_size % mesh.rows == 0,
+            f"batch_size={self.batch_size} does not divide among the data * fsdp = {mesh and mesh.rows} devices of "
+            f"mesh={self.mesh}; choose a multiple of {mesh and mesh.rows}.",
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -480,6 +536,7 @@ def from_dict(values: dict) -> RunConfig:
         "schedule": ScheduleConfig,
         "data": DataConfig,
         "precision": PrecisionConfig,
+        "hosts": HostsConfig,
     }
     nested = {name: part(**values[name]) for name, part in parts.items() if name in values}
     flat = {name: value for name, value in values.items() if name not in parts}
