@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_impl import random
+from jax_impl import exchange, random
 from jax_impl.backend import HOPPER, machine
 from jax_impl.products import accumulator, product
 from recipe.config import PrecisionConfig
@@ -111,7 +111,7 @@ def attention(
     k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, T, H) for x_BSKH in (k_BSKH, v_BSKH))
     decided: list[jax.Array] = []
     if key is not None and rate > 0.0:
-        head_keys = jax.vmap(random.fold_in, (None, 0))(key, jnp.arange(B * N))
+        head_keys = jax.vmap(random.fold_in, (None, 0))(key, exchange.head_numbers(B, N))
         for start, stop, first in blocks:
             of_head = functools.partial(
                 random.decisions, rows=range(start, stop), columns=range(first, stop), rate=rate

@@ -13,6 +13,7 @@ import optax
 
 from jax_impl.backend import machine
 from jax_impl.muon import FULLY_CONNECTED, KELLER_JORDAN, Matrix, muon, muon_or
+from jax_impl.muon.batches import Shardings
 from jax_impl.weights import hf_name
 from recipe.config import AdamWConfig, ModelConfig, MuonConfig
 from recipe.params import decays, param_specs
@@ -53,8 +54,12 @@ def muon_with_adamw(
     *,
     schedule: Callable[[jax.Array], jax.Array],
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
+    shardings: Shardings | None = None,
 ) -> optax.GradientTransformation:
-    """Muon on the matrices and AdamW on the rest; `schedule` maps the update's count to the learning-rate factor."""
+    """Muon on the matrices and AdamW on the rest; `schedule` maps the update's count to the learning-rate factor.
+
+    `shardings` says by path where the matrices of a mesh lie, as `muon.orthogonalize` wants it.
+    """
     specs = param_specs(model)
     matrices = functools.partial(qwen_matrices, model=model)
 
@@ -76,6 +81,7 @@ def muon_with_adamw(
                 ns_dtype=ns_dtype,
                 weight_decay=muon_config.weight_decay,
                 batched=machine().batched_matrices,
+                shardings=shardings,
             ),
             optax.chain(
                 scale_by_adam(adamw_config.beta1, adamw_config.beta2, adamw_config.eps),
@@ -90,11 +96,13 @@ def muon_with_adamw(
     )
 
 
-def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> tuple[optax.Updates, jax.Array]:
+def clip_by_global_norm(
+    grads: optax.Updates, max_norm: float, norm_of: Callable[[optax.Updates], jax.Array] = optax.tree.norm
+) -> tuple[optax.Updates, jax.Array]:
     """Clipped gradients and their norm before: scaled by min(1, max_norm / (norm + 1e-6)), torch's definition.
 
     `optax.clip_by_global_norm` leaves out the 1e-6, a relative difference of 1e-7 that a float64 proof would see.
     """
-    norm = optax.tree.norm(grads)
+    norm = norm_of(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda grad: grad * factor, grads), norm

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jax_impl import exchange
 from jax_impl.backend import machine
 from jax_impl.products import accumulator, gradient_like, in_memory, product
 
@@ -28,6 +29,8 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
     def chunk(operands):
         x, targets = operands
         logits_MV = product("md,vd->mv", x, head_VD, accumulator(x.dtype))
+        if exchange.is_split("vocab"):
+            return _token_losses_of_parts(logits_MV, targets)
         log_normalizers = jax.nn.logsumexp(logits_MV, axis=-1)
         losses = log_normalizers - jnp.take_along_axis(logits_MV, targets[:, None], axis=-1)[:, 0]
         return losses, jnp.argmax(logits_MV, axis=-1) == targets
@@ -44,7 +47,7 @@ def is_in_kernel(dtype, hidden_size: int) -> bool:
 
 
 def _kernel(x_MD):
-    if not is_in_kernel(x_MD.dtype, x_MD.shape[1]):
+    if not is_in_kernel(x_MD.dtype, x_MD.shape[1]) or exchange.is_split("vocab"):
         return None
     from jax_impl import loss_kernel  # here, for not every build of jaxlib has Triton
 
@@ -71,6 +74,30 @@ def peak_and_total(logits_MV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return peak[:, None], total[:, None]
 
 
+def _statistics(logits_MV, targets_M):
+    """Peak, total and the target's logit, all (M, 1) and of the whole vocabulary, and the targets' columns here."""
+    peak, total = peak_and_total(logits_MV)
+    if not exchange.is_split("vocab"):
+        return peak, total, jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1), targets_M
+    highest = exchange.greatest(peak, "vocab")
+    columns_M = targets_M - exchange.first("vocab", logits_MV.shape[1])
+    inside = ((columns_M >= 0) & (columns_M < logits_MV.shape[1]))[:, None]
+    hit = jnp.take_along_axis(logits_MV, jnp.where(inside, columns_M[:, None], 0), axis=-1)
+    parts = jnp.stack([total * jnp.exp(peak - highest), jnp.where(inside, hit, 0.0)])
+    total, hit = exchange.total(parts, "vocab")
+    return highest, total, hit, columns_M
+
+
+def _token_losses_of_parts(logits_MV, targets_M):
+    """`token_losses` where the mesh divides the vocabulary: of equal logits the first counts, as in argmax."""
+    peak, total, hit, _ = _statistics(logits_MV, targets_M)
+    first = exchange.first("vocab", logits_MV.shape[1])
+    column_M = jnp.argmax(logits_MV, axis=-1) + first
+    has_peak = jnp.max(logits_MV, axis=-1) == peak[:, 0]
+    best_M = -exchange.greatest(-jnp.where(has_peak, column_M, jnp.iinfo(jnp.int32).max), "vocab")
+    return (jnp.log(total) + peak - hit)[:, 0], best_M == targets_M
+
+
 def _chunks(x_MD, targets_M):
     """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
     M, D = x_MD.shape
@@ -87,19 +114,18 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
         loss, (grad_x_MD, grad_head_VD) = kernel.loss_and_gradients(x_MD, head_VD, targets_M)
         return loss, (grad_x_MD, gradient_like(head_VD, grad_head_VD))
     wide = accumulator(x_MD.dtype)
-    head = head_VD.astype(x_MD.dtype)
+    head, summed = head_VD.astype(x_MD.dtype), wide if exchange.is_split("vocab") else x_MD.dtype
 
     def chunk(carry, operands):
         loss, grad_head_DV = carry
         x, targets, weights = operands
         logits_MV = product("md,vd->mv", x, head, wide)
-        peak, total = peak_and_total(logits_MV)
+        peak, total, hit, targets = _statistics(logits_MV, targets)
         exponentials = jnp.exp(logits_MV - peak)
-        hit = jnp.take_along_axis(logits_MV, targets[:, None], axis=-1)
         loss += jnp.sum((jnp.log(total) + peak - hit)[:, 0] * weights)
         is_target = targets[:, None] == jnp.arange(logits_MV.shape[-1])
         grad_logits = ((exponentials / total - is_target) * weights[:, None]).astype(x.dtype)
-        grad_x = product("mv,vd->md", grad_logits, head, x.dtype)
+        grad_x = exchange.total(product("mv,vd->md", grad_logits, head, summed), "vocab").astype(x.dtype)
         # Summed as (D, V): so it is x that has to be transposed and not the logits.
         return (loss, grad_head_DV + product("dm,mv->dv", in_memory(x, (1, 0)), grad_logits, wide)), grad_x
 

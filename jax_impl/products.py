@@ -23,6 +23,8 @@ class Rounded:
 
     parameter: jax.Array
     copy: jax.Array
+    sums: str = dataclasses.field(default="", metadata={"static": True})
+    """The logical axis over which products with it are sums, if a mesh may divide that (`exchange.whole_product`)."""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -42,7 +44,7 @@ class Rounded:
 
 def gradient_like(y: jax.Array | Rounded, grad: jax.Array) -> jax.Array | Rounded:
     """The gradient in the form that JAX wants for y: nothing flows into a rounded copy."""
-    return Rounded(grad, jnp.zeros_like(y.copy)) if isinstance(y, Rounded) else grad
+    return Rounded(grad, jnp.zeros_like(y.copy), y.sums) if isinstance(y, Rounded) else grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

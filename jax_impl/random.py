@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
+from jax_impl import exchange
 from jax_impl.backend import recomputed
 from jax_impl.products import accumulator
 from recipe.dropout import DECISIONS, kept_share, threshold
@@ -35,15 +36,16 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(key, shape, jnp.uint32)
 
 
-def decisions(key: jax.Array, rows: range, columns: range, rate: float) -> jax.Array:
+def decisions(key: jax.Array, rows: range, columns: range, rate: float, first=(0, 0)) -> jax.Array:
     """Dropout's decisions of rows and columns (`recipe.dropout`), four to a byte: uint8 (rows, blocks of columns).
 
     Bit h of a byte is set if column 4 block + h stays. The barrier keeps XLA from making a block again for each column.
+    Rows and columns are counted from `first`, where on a mesh this device's part begins.
     """
     blocks = range(columns.start // DECISIONS, -(-columns.stop // DECISIONS))
     shape = len(rows), len(blocks)
-    x0 = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + jnp.uint32(rows.start)
-    x1 = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(blocks.start)
+    x0 = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + jnp.uint32(rows.start + first[0])
+    x1 = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(blocks.start + first[1] // DECISIONS)
     words = threefry2x32_p.bind(*jax.random.key_data(key), x0, x1)
     halves = [half for word in words for half in (word & jnp.uint32(0xFFFF), word >> 16)]
     stays = ((half >= jnp.uint32(threshold(rate))).astype(jnp.uint8) << h for h, half in enumerate(halves))
@@ -72,7 +74,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax
     if key is None or rate == 0.0:
         return x
     columns = x.shape[-1]
-    decided = decisions(fold_in(key, *path), range(x.size // columns), range(columns), rate)
+    rows = x.size // columns
+    first = exchange.first_row(rows), exchange.first("ffn", columns) if path[-1] == FFN_HIDDEN else 0
+    decided = decisions(fold_in(key, *path), range(rows), range(columns), rate, first)
     return drop(x, decided.reshape(*x.shape[:-1], -1), rate, 0)
 
 

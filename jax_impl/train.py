@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from harness import loop
 from harness.divergence import Diagnosis
 from harness.saving import NO_ROOM, Snapshot
-from jax_impl import random
+from jax_impl import exchange, random, sharding
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
@@ -32,12 +33,14 @@ from jax_impl.weights import (
     from_hf,
     model_structure,
     optimizer_slots,
+    param_paths,
     restore_optimizer,
     slot_leaves,
     to_hf,
     to_hf_lazily,
 )
 from recipe.config import RunConfig
+from recipe.mesh import parse_mesh
 from recipe.schedule import learning_rate_factors
 
 
@@ -60,18 +63,30 @@ def make_schedule(config: RunConfig) -> Callable[[jax.Array], jax.Array]:
     return schedule
 
 
-def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """The hybrid optimizer for this model's parameters."""
+def make_optimizer(config: RunConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """The hybrid optimizer for this model's parameters, on a mesh if there is one."""
     ns_dtype = jnp.dtype(config.precision.newton_schulz)
-    schedule = make_schedule(config)
-    return muon_with_adamw(config.muon, config.adamw, config.model, schedule=schedule, ns_dtype=ns_dtype)
+    schedule, layout = make_schedule(config), sharding.layout_of(config)
+    shardings = (lambda path, _: sharding.of_param(layout, mesh, path)) if layout else None
+    return muon_with_adamw(
+        config.muon, config.adamw, config.model, schedule=schedule, ns_dtype=ns_dtype, shardings=shardings
+    )
 
 
-def init_state(config: RunConfig, weights: Mapping[str, np.ndarray]) -> TrainState:
-    """The state before the first update, on these weights."""
-    params = from_hf(weights, config.model, config.precision)
-    opt_state = make_optimizer(config).init(params)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+def init_state(config: RunConfig, weights: Mapping[str, np.ndarray], mesh: Mesh | None = None) -> TrainState:
+    """The state before the first update, on these weights, laid on the mesh if there is one."""
+    layout = sharding.layout_of(config)
+    where = {path: sharding.of_param(layout, mesh, path) for path in param_paths(config.model)} if layout else {}
+    params = from_hf(weights, config.model, config.precision, where)
+
+    def begin(params) -> TrainState:
+        return TrainState(params, make_optimizer(config, mesh).init(params), *jnp.zeros((2,), jnp.int32))
+
+    if layout is None:
+        return begin(params)
+    # Compiled, so that every part is made where it lies.
+    shardings = sharding.state_shardings(layout, mesh, jax.eval_shape(begin, params))
+    return jax.jit(begin, out_shardings=shardings)(params)
 
 
 def restore_state(
@@ -79,17 +94,23 @@ def restore_state(
 ) -> TrainState:
     """The state with its weights, and with optimizer and counts where a saved run left them."""
     opt_state = restore_optimizer(state.opt_state, slots, updates)
-    return TrainState(state.params, opt_state, jnp.asarray(updates, jnp.int32), jnp.asarray(skipped, jnp.int32))
+    return TrainState(
+        state.params, opt_state, jnp.full_like(state.step, updates), jnp.full_like(state.skipped, skipped)
+    )
 
 
-def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(
+    config: RunConfig, mesh: Mesh | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step(state, inputs_ABT, targets_ABT) -> state, metrics`, jitted; the state's buffers are donated.
 
     Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
     finite, nothing changes but the count of skipped updates.
     """
     graph = model_structure(config.model, config.precision)
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    optimizer, schedule, layout = make_optimizer(config, mesh), make_schedule(config), sharding.layout_of(config)
+    specs = {path: layout.spec(path) for path in param_paths(config.model)} if layout else {}
+    rows = PartitionSpec(None, *layout.rows) if layout else PartitionSpec()
 
     def loss(params, rounded, inputs_BT, targets_BT, key):
         return bind(graph, params, rounded).loss(inputs_BT, targets_BT, dropout_key=key)
@@ -98,19 +119,15 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
     if config.precision.deterministic:
         options += machine().deterministic_options
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=dict(options))
-    def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+    def mean_gradient(params: Params, step_key: jax.Array, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+        """Loss and gradient, the means over all micro-batches; on a mesh each device has its rows and parts."""
         A = inputs_ABT.shape[0]
-        step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
-
         # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
-        compute = config.precision.compute
-        narrower = A > 1 and compute != config.precision.params
-        rounded = {path: x.astype(compute) for path, x in state.params.items() if narrower and x.ndim == 2}
+        variables, rounded = exchange.in_use(params, config.precision.compute, A)
 
         def gradient(index, inputs_BT, targets_BT):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            return jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)
+            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), inputs_BT, targets_BT, key)
 
         def add_gradient(total, micro_batch):
             return jax.tree.map(jnp.add, total, gradient(*micro_batch)), None
@@ -118,26 +135,53 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
         if A == 1:
             total = gradient(0, inputs_ABT[0], targets_ABT[0])  # no second copy of the gradients to add them in
         else:
-            zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, state.params))
+            zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, variables))
             total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
-        mean_loss, grads = jax.tree.map(lambda x: x / A, total)
+        return exchange.reduced(*jax.tree.map(lambda x: x / A, total))
 
-        grads, grad_norm = clip_by_global_norm(grads, config.clip_norm)
+    mean_gradient = exchange.over_devices(
+        layout, mesh, mean_gradient, (specs, PartitionSpec(), rows, rows), (PartitionSpec(), specs)
+    )
+    norm_of = functools.partial(exchange.norm, layout, mesh) if layout else optax.tree.norm
+
+    def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+        step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
+        mean_loss, grads = mean_gradient(state.params, step_key, inputs_ABT, targets_ABT)
+
+        grads, grad_norm = clip_by_global_norm(grads, config.clip_norm, norm_of)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1, state.skipped)
         unchanged = state._replace(skipped=state.skipped + 1)
         finite = jnp.isfinite(grad_norm)
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, unchanged)
         lr = config.muon.learning_rate * schedule(state.step)
+        if layout:  # where it lay before, in the same words, or the next update would be another program
+            lies = sharding.state_shardings(layout, mesh, new_state)
+            new_state = jax.lax.with_sharding_constraint(new_state, lies)
         return new_state, {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr, "skipped": new_state.skipped}
 
-    return _with_precision(train_step, config)
+    jitted = jax.jit(train_step, donate_argnums=0, compiler_options=dict(options))
+    return _with_precision(jitted, config)
 
 
-def make_evaluate(config: RunConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
-    graph = model_structure(config.model, config.precision)
-    evaluate = jax.jit(lambda params, inputs_BT, targets_BT: bind(graph, params).evaluate(inputs_BT, targets_BT))
+    graph, layout = model_structure(config.model, config.precision), sharding.layout_of(config)
+
+    @jax.jit
+    def evaluate(params, inputs_BT, targets_BT):
+        # Rows that do not divide are everybody's.
+        divided = layout is not None and len(inputs_BT) % layout.shape.rows == 0
+
+        def sums(params, inputs_BT, targets_BT):
+            params, rounded = exchange.in_use(params, config.precision.compute, 1)
+            return exchange.sums_over_rows(bind(graph, params, rounded).evaluate(inputs_BT, targets_BT), divided)
+
+        specs = {path: layout.spec(path) for path in params} if layout else {}
+        rows = layout.rows if layout and divided else PartitionSpec()
+        on_devices = exchange.over_devices(layout, mesh, sums, (specs, rows, rows), (PartitionSpec(),) * 2)
+        return on_devices(params, inputs_BT, targets_BT)
+
     return _with_precision(evaluate, config)
 
 
@@ -185,8 +229,11 @@ class Trainer:
         self.config = config
         self.room: bool | None = None
         """Whether the device can hold a copy of the state; None before the first save."""
-        self.state = init_state(config, weights)
-        self.train_step, self.eval_step = make_train_step(config), make_evaluate(config)
+        shape = parse_mesh(config.mesh)
+        self.mesh = None if shape is None else sharding.make_mesh(shape)
+        """The mesh of all devices, of all processes; None for one device."""
+        self.state = init_state(config, weights, self.mesh)
+        self.train_step, self.eval_step = make_train_step(config, self.mesh), make_evaluate(config, self.mesh)
         device = jax.devices()[0]
         self.environment = {
             "backend": device.platform,
@@ -198,15 +245,19 @@ class Trainer:
             "why_not_fused": why_not_fused(config.precision, config.model.dropout),
             "machine": dataclasses.asdict(machine()),
         }
+        if layout := sharding.layout_of(config):
+            self.environment |= {"mesh": str(layout.shape), "not_divided": layout.notes}
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
-        self.state, metrics = self.train_step(self.state, inputs_ABT, targets_ABT)
+        batch = sharding.placed(self.mesh, inputs_ABT, targets_ABT)
+        self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 
     def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
         loss, correct, tokens = 0.0, 0, 0
         for inputs_BT, targets_BT in batches:
-            batch_loss, batch_correct = self.eval_step(self.state.params, inputs_BT, targets_BT)
+            batch = sharding.placed(self.mesh, inputs_BT, targets_BT)
+            batch_loss, batch_correct = self.eval_step(self.state.params, *batch)
             loss, correct, tokens = loss + float(batch_loss), correct + int(batch_correct), tokens + targets_BT.size
         return loss / tokens, correct / tokens
 

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import NamedSharding
 
 from harness.saving import LazyArrays
+from jax_impl.exchange import hold
 from jax_impl.model import Qwen3ForCausalLM
-from jax_impl.products import Rounded
+from jax_impl.sharding import place
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
 
@@ -29,22 +31,34 @@ def flax_path(name: str, role: str) -> str:
     return name.removesuffix(".weight") + ".kernel" if role == "matrix" else name
 
 
-def from_hf(weights: Mapping[str, np.ndarray], config: ModelConfig, precision: PrecisionConfig) -> Params:
+def param_paths(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name of each parameter, by Flax path."""
+    return {flax_path(name, spec.role): name for name, spec in param_specs(config).items()}
+
+
+def from_hf(
+    weights: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> Params:
     """Parameters by Flax path, in the parameter dtype; raises ValueError listing every wrong name or shape.
 
-    Weights on disk are read one after another, so that never more than one is held twice.
+    Weights on disk are read one after another, so that never more than one is held twice. `shardings` says by path
+    where on a mesh each is to lie.
     """
     check_weights(weights, config)
-    params = {}
-    for name, spec in param_specs(config).items():
-        path = flax_path(name, spec.role)
-        params[path] = from_array(weights[name], path, precision.params)
-    return params
+    where = shardings or {}
+    return {
+        path: from_array(weights[name], path, precision.params, where.get(path))
+        for path, name in param_paths(config).items()
+    }
 
 
-def from_array(array: np.ndarray, path: str, dtype) -> jax.Array:
-    """The leaf of a Flax path from an array in torch's layout, in the given dtype."""
-    return jnp.asarray(array.T if path.endswith(".kernel") else array, dtype)
+def from_array(array: np.ndarray, path: str, dtype, where: NamedSharding | None = None) -> jax.Array:
+    """The leaf of a Flax path from an array in torch's layout, in the given dtype, on a mesh if it is said where."""
+    array = array.T if path.endswith(".kernel") else array
+    return jnp.asarray(array, dtype) if where is None else place(np.asarray(array, dtype), where)
 
 
 def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -90,9 +104,14 @@ def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
 def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int):
     """Inverse of `optimizer_slots`: the optimizer state with these slots, as it is after so many updates."""
 
+    def mesh_of(leaf):
+        return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+
     def filled(tree, slot):
         return {
-            path: from_array(slots[slot][hf_name(path)], path, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
+            path: from_array(slots[slot][hf_name(path)], path, leaf.dtype, mesh_of(leaf))
+            if isinstance(leaf, jax.Array)
+            else leaf
             for path, leaf in tree.items()
         }
 
@@ -121,6 +140,6 @@ def bind(
     graph: nnx.GraphDef, params: Mapping[str, jax.Array], rounded: Mapping[str, jax.Array] | None = None
 ) -> Qwen3ForCausalLM:
     """The model with these parameters, and with copies of some that have been rounded already; free under `jax.jit`."""
-    values = dict(params) | {path: Rounded(params[path], copy) for path, copy in (rounded or {}).items()}
+    values = dict(params) | {path: hold(path, params[path], copy) for path, copy in (rounded or {}).items()}
     parts = {tuple(int(part) if part.isdigit() else part for part in path.split(".")): x for path, x in values.items()}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(parts)))

@@ -13,9 +13,12 @@ JAX, TORCH = ROOT / "jax_impl", ROOT / "torch_ref"
 ONE_SIDED_FILES = {
     "attention_kernel.py": "a GPU's attention with dropout; torch has no such kernel",
     "backend.py": "what is fast on one machine is a matter of JAX's alone",
+    "exchange.py": "torch_ref runs on one device",
     "loss_kernel.py": "a GPU's loss in tiles; torch has no such kernel",
     "muon/matrices.py": "torch's layout is one: (fan_out, fan_in, ...)",
     "muon/sharded.py": "torch_ref runs on one device",
+    "sharding.py": "torch_ref runs on one device",
+    "traffic.py": "torch_ref runs on one device",
 }
 ONE_SIDED = {
     "attention.py": {"chunk_count": "XLA must be told to stay in the caches"},
@@ -74,6 +77,7 @@ ONE_SIDED = {
         "Params": "in torch a module holds its parameters",
         "hf_name": "a Flax kernel has another name than Hugging Face's weight; torch's names are Hugging Face's",
         "flax_path": "as hf_name",
+        "param_paths": "as hf_name",
         "to_array": "torch has no NumPy bfloat16",
         "model_structure": "JAX keeps parameters and structure apart",
         "bind": "as model_structure",
