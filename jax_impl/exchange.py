@@ -137,6 +137,18 @@ def head_numbers(B: int, N: int) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Table(Rounded):
+    """A table (vocabulary, D) of which the mesh may divide the vocabulary."""
+
+    def __getitem__(self, index):
+        """As a Flax variable asks for its value, itself; rows of the whole vocabulary, in the copy's dtype."""
+        if index is ...:
+            return self
+        return total(_lookup(self, index - first("vocab", self.shape[0])), "vocab")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AtRest:
     """A device's part of a parameter and its copy in the compute dtype, both gathered at each use; its gradient is
     scattered there."""
@@ -144,13 +156,13 @@ class AtRest:
     parameter: jax.Array
     copy: jax.Array
     axis: int = dataclasses.field(metadata={"static": True})
-    sums: str = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
 
     def __getitem__(self, index) -> Rounded:
         """The whole, as a Flax variable asks for its value."""
         assert index is ..., "a part of a parameter is not indexed, but gathered"
         parameter, copy = _gathered(self.parameter, self.copy, self.axis)
-        return Rounded(parameter, checkpoint_name(copy, GATHERED), self.sums)
+        return _whole(self.path, parameter, checkpoint_name(copy, GATHERED))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -207,8 +219,12 @@ def hold(path: str, parameter: jax.Array, copy: jax.Array) -> Rounded | AtRest:
     """A matrix as the model has it: with its copy, which is gathered at each use if `in_use` has not done that."""
     layout = here()
     axis = layout.gathered_axis(path) if layout and layout.gather == "layer" else None
-    sums = summed_axis(path)
-    return Rounded(parameter, copy, sums) if axis is None else AtRest(parameter, copy, axis, sums)
+    return _whole(path, parameter, copy) if axis is None else AtRest(parameter, copy, axis, path)
+
+
+def _whole(path: str, parameter: jax.Array, copy: jax.Array) -> Rounded:
+    kind = Rounded if path.endswith(".kernel") or here() is None else Table
+    return kind(parameter, copy, summed_axis(path))
 
 
 def in_turn(copies: dict[str, jax.Array], micro_batch: Any) -> dict[str, jax.Array]:
@@ -219,7 +235,7 @@ def in_turn(copies: dict[str, jax.Array], micro_batch: Any) -> dict[str, jax.Arr
     return jax.lax.optimization_barrier((copies, micro_batch))[0]
 
 
-def layer(call: Callable, *, remat: bool) -> Callable:
+def checkpoint(call: Callable, remat: bool) -> Callable:
     """A layer as it is differentiated: activations computed again if `remat`, weights gathered again if by layer."""
     layout = here()
     if remat:
@@ -229,27 +245,19 @@ def layer(call: Callable, *, remat: bool) -> Callable:
     return jax.checkpoint(call, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
 
 
-def lookup(table_VD: jax.Array | Rounded, tokens: jax.Array, dtype) -> jax.Array:
-    """Rows of a table (vocabulary, D), of which the mesh may divide the vocabulary, in the given dtype."""
-    if here() is None:
-        return table_VD[tokens].astype(dtype)
-    tokens_here = tokens - first("vocab", table_VD.shape[0])
-    return total(_lookup(table_VD, tokens_here, dtype), "vocab")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(table_VD, tokens, dtype):
+@jax.custom_vjp
+def _lookup(table_VD, tokens):
     """Rows of what is here, zero for other tokens; the gradient is summed in the table's own dtype."""
     inside = (tokens >= 0) & (tokens < table_VD.shape[0])
-    rows = table_VD.astype(dtype)[jnp.where(inside, tokens, 0)]
+    rows = table_VD.copy[jnp.where(inside, tokens, 0)]
     return jnp.where(inside[..., None], rows, jnp.zeros_like(rows))
 
 
-def _lookup_forward(table_VD, tokens, dtype):
-    return _lookup(table_VD, tokens, dtype), (table_VD, tokens)
+def _lookup_forward(table_VD, tokens):
+    return _lookup(table_VD, tokens), (table_VD, tokens)
 
 
-def _lookup_backward(dtype, residuals, cotangent):
+def _lookup_backward(residuals, cotangent):
     table_VD, tokens = residuals
     # A negative place would count from the end; one beyond the end is dropped.
     places = jnp.where(tokens < 0, table_VD.shape[0], tokens)

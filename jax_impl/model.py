@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_impl import exchange, random
+from jax_impl import random
 from jax_impl.attention import attention, attention_in_use, fused_attention
 from jax_impl.backend import recomputed
 from jax_impl.cache import KVCache
+from jax_impl.exchange import checkpoint, spread, whole_product
 from jax_impl.loss import cross_entropy, token_losses
 from jax_impl.products import accumulator, product
 from jax_impl.random import dropout
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
 
     def multiply(self, x_MI: jax.Array) -> jax.Array:
         """x kernel (M, O)."""
-        return exchange.whole_product("mi,io->mo", x_MI, self.kernel[...], x_MI.dtype)
+        return whole_product("mi,io->mo", x_MI, self.kernel[...], x_MI.dtype)
 
 
 # For the backward pass the next two functions keep only what they are given: in between they are float32 and would take
@@ -93,7 +94,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((rows, features), dtype))
 
     def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
-        return exchange.lookup(self.weight[...], tokens_BT, dtype)
+        return self.weight[...][tokens_BT].astype(dtype)
 
 
 class Qwen3Attention(nnx.Module):
@@ -120,7 +121,7 @@ class Qwen3Attention(nnx.Module):
         cache: KVCache | None = None,
     ) -> jax.Array:
         B, T, _ = x_BTD.shape
-        x_BTD = exchange.spread(x_BTD, "heads")
+        x_BTD = spread(x_BTD, "heads")
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         k_BSKH = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         v_BSKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
@@ -150,7 +151,7 @@ class Qwen3MLP(nnx.Module):
         self.rate, self.layer = config.dropout, layer
 
     def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        x_BTD = exchange.spread(x_BTD, "ffn")
+        x_BTD = spread(x_BTD, "ffn")
         gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
         hidden_BTF = swiglu(gate_BTF, up_BTF)
         hidden_BTF = dropout(hidden_BTF, self.rate, dropout_key, self.layer, random.FFN_HIDDEN)
@@ -207,7 +208,8 @@ class Qwen3Model(nnx.Module):
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
             call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
-            x_BTD = exchange.layer(call, remat=self.remat and cache is None)(x_BTD)
+            remat = self.remat and cache is None
+            x_BTD = checkpoint(call, remat)(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 

@@ -44,7 +44,7 @@ class Rounded:
 
 def gradient_like(y: jax.Array | Rounded, grad: jax.Array) -> jax.Array | Rounded:
     """The gradient in the form that JAX wants for y: nothing flows into a rounded copy."""
-    return Rounded(grad, jnp.zeros_like(y.copy), y.sums) if isinstance(y, Rounded) else grad
+    return dataclasses.replace(y, parameter=grad, copy=jnp.zeros_like(y.copy)) if isinstance(y, Rounded) else grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
