@@ -113,12 +113,12 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
     lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
     lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    shown = {
-        name: value for name, value in environment.items() if name not in ("machine", "attention", "why_not_fused")
-    }
+    elsewhere = ("machine", "attention", "why_not_fused", "not_divided")
+    shown = {name: value for name, value in environment.items() if name not in elsewhere}
     lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
+    lines += [f"mesh       {note}" for note in environment.get("not_divided", [])]
     lines.append(f"folder     {config.out}")
     return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
