@@ -93,9 +93,10 @@ BOTH = (
     both(
         "the clip's limit is one whatever is asked",
         "train",
-        "clip_by_global_norm(grads, config.clip_norm)",
-        "clip_by_global_norm(grads, 1.0)",
+        "clip_by_global_norm(grads, config.clip_norm, norm_of)",
+        "clip_by_global_norm(grads, 1.0, norm_of)",
         ONE,
+        ("clip_by_global_norm(grads, config.clip_norm)", "clip_by_global_norm(grads, 1.0)"),
     ),
     both(
         "nesterov cannot be switched off",
@@ -501,8 +502,8 @@ COST_SLIPS = (
         "cost",
         "evaluation compiles at every call",
         "jax_impl.train",
-        "self.eval_step(self.state.params, inputs_BT, targets_BT)",
-        "make_evaluate(self.config)(self.state.params, inputs_BT, targets_BT)",
+        "self.eval_step(self.state.params, *batch)",
+        "make_evaluate(self.config, self.mesh)(self.state.params, *batch)",
         COST,
     ),
     slip("cost", "the train step donates nothing", "jax_impl.train", "donate_argnums=0, ", "", COST),
@@ -650,8 +651,8 @@ PRECISION = (
         "precision",
         "gradients summed in bfloat16",
         "jax_impl.train",
-        "jax.tree.map(jnp.zeros_like, state.params))",
-        "jax.tree.map(lambda x: jnp.zeros(x.shape, config.precision.compute), state.params))",
+        "jax.tree.map(jnp.zeros_like, variables))",
+        "jax.tree.map(lambda x: jnp.zeros(x.shape, config.precision.compute), variables))",
         PROMISES,
     ),
     slip(
@@ -1666,7 +1667,7 @@ ON_A_GPU = (
     kernel(
         "heads share a mask in the kernel",
         "attention_kernel",
-        "jnp.uint32(0), number.astype(jnp.uint32))",
+        "jnp.uint32(0), whole)",
         "jnp.uint32(0), jnp.uint32(0))",
         ATTENTION_KERNEL,
     ),
