@@ -500,7 +500,8 @@ MUTANTS = (
     Mutant(
         "clip of each micro-batch instead of their mean",
         TRAIN,
-        "            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), inputs_BT, targets_BT, key)\n",
+        "            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), "
+        "inputs_BT, targets_BT, key)\n",
         "            value, grads = jax.value_and_grad(loss)(variables, rounded, inputs_BT, targets_BT, key)\n"
         "            return value, clip_by_global_norm(grads, config.clip_norm)[0]\n",
         UPDATES,

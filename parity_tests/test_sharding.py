@@ -21,7 +21,7 @@ from parity_tests.cases import random_weights
 from parity_tests.compare.tolerance import check, relative_error
 from parity_tests.sides import TorchModel, TorchTraining
 from parity_tests.test_training import PROBE, ROUNDINGS, SAFETY
-from parity_tests.updates_on_meshes import CASES, LENGTH, MODELS, ROWS, UPDATES, batches, config_of
+from parity_tests.updates_on_meshes import CASES, LENGTH, ROWS, UPDATES, batches, config_of
 from recipe.config import RunConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.mesh import MeshShape, parse_mesh
