@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import recipe.data
 from parity_tests.compare.tolerance import check
 from recipe.baselines import ngram_baselines
+from recipe.cache import cache_folder
 from recipe.config import DataConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.corpus import Documents, load_documents
-from recipe.data import NEAR, cache_folder, prepare, split_documents
+from recipe.data import NEAR, prepare, split_documents
 from recipe.lock import fcntl, locked
 from recipe.reading import read_json
 from recipe.tokenizer import load_tokenizer, train_bpe
@@ -297,7 +298,8 @@ FULL = {
 )
 @pytest.mark.parametrize("case", FULL)
 def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nobody(config, tmp_path, monkeypatch, case, call):
-    original, calls = eval(f"recipe.data.{call}", {"recipe": __import__("recipe.data")}), []
+    where = f"recipe.{'cache' if call.startswith('sync') else 'data'}.{call}"
+    original, calls = eval(where, {"recipe": __import__("recipe.data")}), []
 
     def fail(*args, **kwargs):
         calls.append(args)
@@ -305,7 +307,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nobody(config, tmp
             return original(*args, **kwargs)  # the key
         raise FULL[case]
 
-    monkeypatch.setattr(f"recipe.data.{call}", fail)
+    monkeypatch.setattr(where, fail)
     wanted = KeyboardInterrupt if case == "interrupted" else UserError
     with pytest.raises(wanted) as caught:
         load(config)
