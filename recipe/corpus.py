@@ -29,7 +29,7 @@ LONGEST_PATH = 300
 """Characters of a path in a message."""
 LONGEST_REASON = 1000
 """Characters of a library's own words: long enough for a list of configurations."""
-LARGEST_DOCUMENT = 2**22
+LARGEST_DOCUMENT = 2**20
 """Bytes of UTF-8 of a streamed document; a longer one is cut into documents of their own."""
 ROWS_AT_ONCE = 64
 """Of a Parquet file."""
