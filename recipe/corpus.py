@@ -334,16 +334,17 @@ def read_json_lines(
 
     From an offset on, before which there are `number` lines. A line is not read beyond `longest` bytes, but refused.
     """
+    shown = _shown(file)
     with open(file, "rb") as lines:
         lines.seek(offset)
         while data := lines.readline(longest):
             offset, number = offset + len(data), number + 1
-            where = f"data.corpus: {_shown(file)} line {number}"
+            where = f"data.corpus: {shown} line {number}"
             require(
                 len(data) != longest or data.endswith(b"\n"),
                 f"{where} has more than {longest - 1:,} bytes; cut its text into several.",
             )
-            line = _text(data, f"{_shown(file)} line {number}").strip()
+            line = _text(data, f"{shown} line {number}").strip()
             if line:
                 yield Found(f"{name}:{number}", _field(parse_json(line, where), field, where), offset, number)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 BLOCK = 2**12
 """Rows of a block: shares are multiples of one in so many."""
-ROUNDS = 8
+ROUNDS = 12
 """Of the Feistel network; even, so that its two halves end with the widths they began with."""
 SCHEDULE, WINDOWS = 2**62, 2**61
 """Beyond the streams of random numbers that others draw from."""

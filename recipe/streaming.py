@@ -298,15 +298,15 @@ class _Build:
     def _take(self, batch: list[Piece], limit: int | None) -> bool:
         """Tokenise documents and append them to their sides; whether training has all the tokens it may have.
 
-        Nothing is read beyond the document that fills it.
+        Nothing is read beyond the document that fills it, or the first one that is held out if that comes later.
         """
         fraction = self.source.config.validation_fraction
         made: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
         room = None if limit is None else limit - self.writers["train"].tokens
         for piece, ids in zip(batch, self.tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-            if room is not None and room <= 0:
-                break
             side = "validation" if is_held_out(piece.text, fraction) else "train"
+            if room == 0 and (side == "train" or self.documents["validation"]):
+                continue
             tokens = np.array([*ids, self.tokenizer.eos_id], self.dtype)
             if side == "train" and room is not None:
                 tokens = tokens[:room]
@@ -320,7 +320,7 @@ class _Build:
                     self.writers[side].append(np.concatenate(parts))
         if batch[-1].after is not None:
             self.at = batch[-1].after
-        return room is not None and room <= 0
+        return room == 0 and self.documents["validation"] > 0
 
     def _commit(self) -> None:
         """Force all that was made to disk, and then that it was."""
