@@ -3,6 +3,7 @@
 import io
 import itertools
 import mmap
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,18 @@ class ShardWriter:
         if not self.open_tokens:
             return
         file = self._open_file
-        with open(file, "r+b") as stream:
-            stream.write(header(self.dtype, self.open_tokens))
-        sync(file)
+        if (
+            self.open_tokens < SHARD_TOKENS
+        ):  # Never in place: what is on disk of an open shard stays until it is closed.
+            shorter = file.with_name(f".{file.name}.new")
+            with open(file, "rb") as stream, open(shorter, "wb") as copy:
+                copy.write(header(self.dtype, self.open_tokens))
+                stream.seek(HEADER)
+                shutil.copyfileobj(stream, copy)
+            sync(shorter)
+            shorter.replace(file)
+        else:
+            sync(file)
         self.shards.append([file.name, self.open_tokens, file_hash(file)])
         self.open_tokens = 0
 
@@ -74,7 +84,7 @@ class ShardWriter:
     def _write(self, tokens: np.ndarray) -> None:
         with open(self._open_file, "ab" if self.open_tokens else "wb") as stream:
             if not self.open_tokens:
-                stream.write(header(self.dtype, 0))
+                stream.write(header(self.dtype, SHARD_TOKENS))
             stream.write(tokens.astype(self.dtype).tobytes())
         self.open_tokens += len(tokens)
 
@@ -86,6 +96,7 @@ class ShardWriter:
                 if stream.seek(0, io.SEEK_END) < size:
                     raise OSError(f"{self._open_file} is shorter than it was")
                 stream.truncate(size)
+            sync(self._open_file)
         kept = {name for name, _, _ in self.shards} | ({self._open_file.name} if self.open_tokens else set())
         for file in self.folder.glob(f"{self.side}-*.npy"):
             if file.name not in kept:

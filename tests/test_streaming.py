@@ -254,7 +254,7 @@ def test_batches_are_windows_of_the_tokens_in_a_pure_order(config):
     text = dataset.train_tokens[:]
     windows = (len(text) - 1) // 5
     seen = []
-    for step in range(2 * windows // 6):
+    for step in range(-(-2 * windows // 6)):
         inputs, targets = dataset.batch(step, **SHAPE)
         assert inputs.shape == targets.shape == (2, 3, 5) and inputs.dtype == targets.dtype == np.int32
         for row_in, row_out in zip(inputs.reshape(-1, 5), targets.reshape(-1, 5), strict=True):

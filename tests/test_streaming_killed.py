@@ -182,7 +182,7 @@ def test_a_build_that_is_killed_again_and_again_comes_to_its_end(config, whole):
     elsewhere(kill_again_and_again, config, whole, 25)
 
 
-def power_is_lost(config: DataConfig, whole: dict[str, str], tmp_path: Path, every: int) -> None:
+def power_is_lost(config: DataConfig, whole: dict[str, str], tmp_path: Path, monkeypatch, every: int) -> None:
     """Go on from what a disk may hold after a power loss before any operation."""
     root = tmp_path / "root"
     root.mkdir()
@@ -190,24 +190,36 @@ def power_is_lost(config: DataConfig, whole: dict[str, str], tmp_path: Path, eve
     with Power(root, tmp_path / "images") as power:
         prepare(data, seed=0, show_progress=False)
     seen: set[Path] = set()
+    went_on: list[bool] = []
+    go_on = recipe.streaming._Build._go_on
+
+    def look(build) -> dict:
+        writers = go_on(build)
+        went_on.append(build.at.documents > 0)
+        return writers
+
+    monkeypatch.setattr("recipe.streaming._Build._go_on", look)
     for number, operation, assumption, image in power.images():
         if image in seen or number % every:
             continue
         seen.add(image)
         shutil.rmtree(root)
         shutil.copytree(image, root)
+        committed = any(root.glob("cache/.streaming-*/progress.json"))
+        went_on.clear()
         prepare(data, seed=0, show_progress=False)
         assert contents(root / "cache") == whole, f"{assumption}, {operation}"
+        assert all(went_on) or not committed, f"{assumption}, {operation}: what was committed is made again"
     assert len(seen) > 10
 
 
-def test_no_power_loss_makes_a_build_lie(config, whole, tmp_path):
-    power_is_lost(config, whole, tmp_path, every=9)
+def test_no_power_loss_makes_a_build_lie(config, whole, tmp_path, monkeypatch):
+    power_is_lost(config, whole, tmp_path, monkeypatch, every=9)
 
 
 @pytest.mark.slow
-def test_no_power_loss_anywhere_makes_a_build_lie(config, whole, tmp_path):
-    power_is_lost(config, whole, tmp_path, every=1)
+def test_no_power_loss_anywhere_makes_a_build_lie(config, whole, tmp_path, monkeypatch):
+    power_is_lost(config, whole, tmp_path, monkeypatch, every=1)
 
 
 def interrupt(config: DataConfig, monkeypatch, commits: int = 3) -> Path:
