@@ -544,7 +544,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _batch_shape(config: RunConfig) -> dict[str, int]:
+def _batch_shape(config: RunConfig) -> dict[str, Any]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 
