@@ -116,11 +116,16 @@ def join(hosts: HostsConfig) -> Peers:
     jax.config.update("jax_enable_preemption_service", False)
     # Of other backends it moves nothing.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {} if auto else dict(num_processes=hosts.count, process_id=hosts.index)
-    limits = dict(initialization_timeout=JOIN, heartbeat_timeout_seconds=hosts.heartbeat, shutdown_timeout_seconds=PART)
     _WORDS.say(lambda: (MISTAKEN, f"error: {_not_met(hosts)}"))
     try:
-        jax.distributed.initialize(None if auto else hosts.coordinator, **given, **limits)
+        jax.distributed.initialize(
+            None if auto else hosts.coordinator,
+            hosts.count,
+            hosts.index,
+            initialization_timeout=JOIN,
+            heartbeat_timeout_seconds=hosts.heartbeat,
+            shutdown_timeout_seconds=PART,
+        )
         peers = Processes()
         require(not auto or peers.count > 1, "--hosts.coordinator auto found one process; leave it out.")
         peers.agree(0)  # Whoever is late now is late for JAX too, which waits 30 s for the first meeting.
