@@ -324,7 +324,7 @@ class _Run:
 
     def _go_on_with(self) -> str:
         """How to go on with a run that has a state."""
-        return f"go on with: {self.resume_command}"
+        return f"go on with: {self.resume_command}{', and the other processes likewise' if self.several else ''}"
 
     def _again(self) -> str:
         """How to go on with a run that has saved nothing yet."""
