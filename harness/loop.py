@@ -192,9 +192,11 @@ class _Run:
         with interruption.at_once(), self._unless_lost():
             with self._together():
                 self._compare("configuration", lambda: json.dumps(_flat(self.config)))
+            with self._together():
                 self.dataset = self._read(self._newest() if self.config.resume else None)
             with self._together():
                 self._compare("text", lambda: self.dataset.fingerprint)
+            with self._together():
                 interruption.where = "before going on" if self.config.resume else "before the first update"
                 self.trainer = self._go_on() if self.config.resume else self._begin()
                 baselines = ngram_baselines(self.dataset) if chief else {}

@@ -5,10 +5,13 @@ does. Whatever decides what is computed next is the same everywhere: losses are,
 `jax_impl/processes.py` has the processes of JAX; nothing here knows a framework.
 """
 
+import ctypes
 import io
 import os
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TextIO
@@ -94,6 +97,40 @@ def end_at_once(code: int, line: str) -> NoReturn:
         os.write(2, f"{above}{short(line, len(line))}\n".encode())
     finally:
         os._exit(code)
+
+
+class LastWords:
+    """What a process says that a library ends by abort(): a handler of SIGABRT in C, which may run in any thread.
+
+    Python's own handlers do not: they wait for the main thread, and abort() waits for nobody.
+    """
+
+    def __init__(self) -> None:
+        self._words: Callable[[], tuple[int, str]] | None = None
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._speak)
+
+    def say(self, words: Callable[[], tuple[int, str]]) -> None:
+        """From here on these: exit code and line."""
+        self._words = words
+        self._set(ctypes.cast(self._handler, ctypes.c_void_p))
+
+    def forget(self) -> None:
+        """Leave SIGABRT to the system again."""
+        self._words = None
+        self._set(ctypes.c_void_p(None))
+
+    @staticmethod
+    def _set(handler: ctypes.c_void_p) -> None:
+        library = ctypes.CDLL(None)
+        library.signal.restype, library.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+        library.signal(signal.SIGABRT, handler)
+
+    def _speak(self, number: int) -> None:
+        try:
+            code, line = self._words() if self._words else (128 + number, "aborted")
+        except BaseException:
+            code, line = LOST, traceback.format_exc()
+        end_at_once(code, line)
 
 
 class Prefixed(io.TextIOBase):

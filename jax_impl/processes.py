@@ -7,13 +7,10 @@ has the last word. What they agree on goes through the devices' own collectives,
 
 import atexit
 import contextlib
-import ctypes
 import os
 import re
-import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 
 import jax
@@ -21,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from harness.failures import MISTAKEN, exit_code
-from harness.peers import ALONE, LOST, Peers, end_at_once, hush
+from harness.peers import ALONE, LastWords, Peers, hush
 from recipe.config import HostsConfig, UserError, require
 from recipe.reading import short
 
@@ -35,6 +32,7 @@ OF_A_PEER = re.compile(
     re.IGNORECASE,
 )
 """In the texts of errors that a lost process causes in the others."""
+_WORDS = LastWords()
 ABORTED = "JAX's runtime ended this process, and says why above"
 
 
@@ -129,9 +127,10 @@ def join(hosts: HostsConfig) -> Peers:
         peers = Processes()
         require(not auto or peers.count > 1, "--hosts.coordinator auto found one process; leave it out.")
         peers.agree(0)  # Whoever is late now is late for JAX too, which waits 30 s for the first meeting.
-    except UserError:
-        raise
     except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
+        _WORDS.forget()
+        if isinstance(error, UserError):
+            raise
         raise UserError(_no_cluster(error) if auto else f"{_not_met(hosts)} ({_one_line(str(error))})") from None
     hush(peers)
     return peers
@@ -172,40 +171,3 @@ def _no_cluster(error: Exception) -> str:
 
 def _one_line(text: str) -> str:
     return short(" ".join(text.split()).rstrip("."), 300)
-
-
-class _LastWords:
-    """What a process says that JAX's runtime ends by abort(): a handler of SIGABRT in C, which may run in any thread.
-
-    Python's own handlers do not: they wait for the main thread, and abort() waits for nobody.
-    """
-
-    def __init__(self) -> None:
-        self._words: Callable[[], tuple[int, str]] | None = None
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._speak)
-
-    def say(self, words: Callable[[], tuple[int, str]]) -> None:
-        """From here on these: exit code and line."""
-        self._words = words
-        self._set(ctypes.cast(self._handler, ctypes.c_void_p))
-
-    def forget(self) -> None:
-        """Leave SIGABRT to the system again."""
-        self._words = None
-        self._set(ctypes.c_void_p(None))
-
-    @staticmethod
-    def _set(handler: ctypes.c_void_p) -> None:
-        library = ctypes.CDLL(None)
-        library.signal.restype, library.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-        library.signal(signal.SIGABRT, handler)
-
-    def _speak(self, number: int) -> None:
-        try:
-            code, line = self._words() if self._words else (128 + number, "aborted")
-        except BaseException:
-            code, line = LOST, traceback.format_exc()
-        end_at_once(code, line)
-
-
-_WORDS = _LastWords()
