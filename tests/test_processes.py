@@ -161,7 +161,16 @@ def trained(run: Path, steps: int) -> Callable[[], bool]:
 
 def test_two_processes_compute_what_one_does_and_one_that_is_killed_ends_the_other(tmp_path):
     """In float64 and to the last bit: the devices do the same, and two numbers have one sum."""
-    flags = [*SMALL_FLOAT64, *"--steps 100000 --log_every 1 --eval_every 100000 --save_every 2".split()]
+    as_one_then_killed(tmp_path, "--model.dropout", "0.0", "--muon.ns_steps", "1")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_masks_that_one_does(tmp_path):
+    as_one_then_killed(tmp_path, "--accumulation", "2", "--batch_size", "4")
+
+
+def as_one_then_killed(tmp_path: Path, *more: str) -> None:
+    flags = [*SMALL_FLOAT64, *more, *"--steps 100000 --log_every 1 --eval_every 100000 --save_every 2".split()]
     with Group(tmp_path, 2, *flags) as group:
         wait_for(trained(group.run, 6), *group.processes)
         group.send(signal.SIGKILL, 1)
