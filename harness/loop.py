@@ -167,7 +167,6 @@ class _Run:
         alone: contextlib.ExitStack,
         peers: Peers,
     ) -> None:
-        self.hosts = config.hosts
         # Where this process stands among others is no part of the run, whose states any number may go on with.
         self.config = dataclasses.replace(config, hosts=HostsConfig())
         self.framework, self.make_trainer = framework, make_trainer
