@@ -485,7 +485,7 @@ class _Run:
         began = watch.since or watch.step
         diagnosis: Diagnosis | str
         try:
-            diagnosis = self.trainer.diagnose(*self._batch(began), position=began - 1)
+            diagnosis = self.trainer.diagnose(*self._whole_batch(began), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
         # The loss of update `began` is that of the weights before it, so the state in between may be bad itself.
@@ -543,8 +543,11 @@ class _Run:
                 self.log.rollback(self.position, values)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an update."""
-        return self._rows(self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config)))
+        """Inputs and targets of an update, as far as this process needs them."""
+        return self._rows(self._whole_batch(step))
+
+    def _whole_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config))
 
     def _rows(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of each micro-batch the rows that this process's devices hold."""

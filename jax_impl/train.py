@@ -233,6 +233,9 @@ class Trainer:
         shape = parse_mesh(config.mesh)
         self.mesh = None if shape is None else sharding.make_mesh(shape)
         """The mesh of all devices, of all processes; None for one device."""
+        B = config.batch_size
+        self.rows_of_batch = slice(B) if self.mesh is None else sharding.local_rows(self.mesh, B)
+        """Rows of a micro-batch that this process's devices hold, and `step` is given."""
         self.state = init_state(config, weights, self.mesh)
         self.train_step, self.eval_step = make_train_step(config, self.mesh), make_evaluate(config, self.mesh)
         device = jax.devices()[0]
@@ -250,7 +253,7 @@ class Trainer:
             self.environment |= {"mesh": str(layout.shape), "not_divided": layout.notes}
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
-        batch = sharding.placed(self.mesh, inputs_ABT, targets_ABT)
+        batch = sharding.placed_rows(self.mesh, self.config.batch_size, inputs_ABT, targets_ABT)
         self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 
