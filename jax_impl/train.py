@@ -27,6 +27,7 @@ from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
+from jax_impl.processes import joined
 from jax_impl.weights import (
     Params,
     bind,
@@ -232,6 +233,9 @@ class Trainer:
         shape = parse_mesh(config.mesh)
         self.mesh = None if shape is None else sharding.make_mesh(shape)
         """The mesh of all devices, of all processes; None for one device."""
+        B = config.batch_size
+        self.rows_of_batch = slice(B) if self.mesh is None else sharding.local_rows(self.mesh, B)
+        """Rows of a micro-batch that this process's devices hold, and `step` is given."""
         self.state = init_state(config, weights, self.mesh)
         self.train_step, self.eval_step = make_train_step(config, self.mesh), make_evaluate(config, self.mesh)
         device = jax.devices()[0]
@@ -249,7 +253,7 @@ class Trainer:
             self.environment |= {"mesh": str(layout.shape), "not_divided": layout.notes}
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
-        batch = sharding.placed(self.mesh, inputs_ABT, targets_ABT)
+        batch = sharding.placed_rows(self.mesh, self.config.batch_size, inputs_ABT, targets_ABT)
         self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 
@@ -302,7 +306,8 @@ class Trainer:
 
 def train(config: RunConfig) -> None:
     """Train as configured and leave the run folder `config.out`."""
-    loop.run(config, framework="jax", make_trainer=Trainer)
+    with joined(config.hosts) as peers:
+        loop.run(config, framework="jax", make_trainer=Trainer, peers=peers)
 
 
 if __name__ == "__main__":

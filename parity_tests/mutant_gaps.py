@@ -24,6 +24,7 @@ RESUMED, DIVERGENCE, SIGNALS = "tests/test_resumed.py", "tests/test_divergence.p
 SURVIVORS = "tests/test_survivors.py"
 STREAMING, STREAMING_KILLED = "tests/test_streaming.py", "tests/test_streaming_killed.py"
 MIXTURE = "tests/test_mixture.py"
+HOSTS, PROCESSES = "tests/test_hosts.py", "tests/test_processes.py"
 MODELS = "parity_tests/test_model.py"
 
 
@@ -513,7 +514,7 @@ COST_SLIPS = (
         "cost",
         "metrics are read at every update",
         "harness.loop",
-        "due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS",
+        "due = not self.several and time.perf_counter() - since > SECONDS_BETWEEN_RECORDS",
         "due = True",
         LOG,
     ),
@@ -1257,7 +1258,7 @@ STOPPING = (
         "signals",
         "an evaluation is finished before a signal is answered",
         "harness.loop",
-        "            if self.interruption.signal is not None:\n                raise _Stopping",
+        "            if self._stopping():\n                raise _Stopping",
         "            if False:\n                raise _Stopping",
         SURVIVORS,
     ),
@@ -1777,6 +1778,94 @@ STREAMED = (
         "index_AB = index_AB[:, rows]",
         "index_AB = index_AB[:, : index_AB[:, rows].shape[1]]",
         f"{STREAMING}::test_some_rows_of_a_batch_are_those_of_the_whole",
+SEVERAL = (
+    slip(
+        "several processes",
+        "each stops by its own signal alone",
+        "harness.loop",
+        "number = self.peers.agree(self.interruption.signal or 0)",
+        "number = self.interruption.signal or 0",
+        f"{HOSTS}::test_a_signal_to_any_stops_all_after_the_same_update",
+    ),
+    slip(
+        "several processes",
+        "each reads its records by its own clock",
+        "harness.loop",
+        "due = not self.several and time",
+        "due = time",
+        f"{HOSTS}::test_no_clock_decides_what_several_do",
+    ),
+    slip(
+        "several processes",
+        "each holds the folder",
+        "harness.loop",
+        "        if not self.peers.is_chief:\n            return trainer\n",
+        "",
+        f"{HOSTS}::test_several_keep_one_folder_one_log_and_say_each_line_once",
+    ),
+    slip(
+        "several processes",
+        "nobody hears that another refuses",
+        "harness.loop",
+        "if code := self.peers.agree(0):",
+        "if code := 0 * self.peers.agree(0):",
+        f"{HOSTS}::test_what_one_refuses_ends_all",
+    ),
+    slip(
+        "several processes",
+        "a process's targets are of all rows",
+        "harness.loop",
+        "return inputs_ABT[:, rows], targets_ABT[:, rows]",
+        "return inputs_ABT[:, rows], targets_ABT",
+        f"{HOSTS}::test_each_reads_only_its_rows",
+    ),
+    slip(
+        "several processes",
+        "a run remembers where its chief stood",
+        "harness.loop",
+        "self.config = dataclasses.replace(config, hosts=HostsConfig())",
+        "self.config = config",
+        f"{HOSTS}::test_several_keep_one_folder_one_log_and_say_each_line_once",
+    ),
+    slip(
+        "several processes",
+        "a run with a state is begun again by whoever lost another",
+        "harness.loop",
+        "if self.config.resume or state_folders(self.folder) else",
+        "if self.config.resume else",
+        f"{HOSTS}::test_who_loses_another_says_so_and_how_to_go_on",
+    ),
+    slip(
+        "several processes",
+        "the others judge without the last record",
+        "harness.runlog",
+        'if record["step"] <= step]',
+        'if record["step"] < step]',
+        f"{HOSTS}::test_the_log_of_the_others_has_the_chiefs_records",
+    ),
+    slip(
+        "several processes",
+        "memory that is full counts as a lost process",
+        "jax_impl.processes",
+        "return _one_line(text) if named and OF_A_PEER.search(text) else None",
+        "return _one_line(text) if named else None",
+        f"{PROCESSES}::test_which_errors_say_that_a_process_is_lost",
+    ),
+    slip(
+        "several processes",
+        "the runtime has the last word",
+        "harness.peers",
+        "library.signal(signal.SIGABRT, handler)",
+        "pass",
+        f"{HOSTS}::test_a_process_that_the_runtime_aborts_has_the_last_word",
+    ),
+    slip(
+        "several processes",
+        "an address without a port is waited for",
+        "jax_impl.processes",
+        '"its port is none"\n',
+        '""\n',
+        f"{PROCESSES}::test_who_does_not_meet_the_others_says_so_in_one_line",
     ),
 )
 
@@ -1791,6 +1880,7 @@ MUTANTS = (
     *DURABILITY,
     *SURVIVAL,
     *STOPPING,
+    *SEVERAL,
     *INPUT,
     *JUDGES,
     *COMPARISON,
