@@ -43,7 +43,9 @@ from harness.records import lacks_validation
 from harness.resuming import last_good, mend_best, newest_sound, text_again
 from harness.runlog import RunLog, check_tensorboard
 from harness.saving import Saver, Snapshot, snapshot_of
+from harness.sharded import save_gathered, save_sharded
 from harness.state import (
+    NotGathered,
     TrainingState,
     clear_scratch,
     find_state,
@@ -221,9 +223,9 @@ class _Run:
 
     def _hold(self) -> tuple[Path, TrainingState]:
         """Hold the folder to go on in; its newest state, and where that lies."""
-        find_state(self.folder, load_state)
+        find_state(self.folder, self._load)
         self.alone.enter_context(_alone(self.folder))
-        chosen, state = find_state(self.folder, load_state)
+        chosen, state = find_state(self.folder, self._load)
         complete = state.position == self.config.steps and finished(self.folder, self.config)
         require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
         return chosen, state
@@ -276,13 +278,27 @@ class _Run:
 
     def _go_on(self) -> Trainer:
         """A trainer on the newest sound state, and best/ looked at."""
-        trainer, self.state = newest_sound(self.config, self._restore)
+        trainer, self.state = newest_sound(self.config, self._load, self._restore)
         keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
         self.position, self.best, self.rollbacks = self.state.position, self.state.best, self.state.rollbacks
         self.interruption.where = f"after step {self.position}"
         if math.isfinite(self.best):
             self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
         return trainer
+
+    def _load(self, folder: Path) -> TrainingState:
+        """The state in a folder; UserError if it is sharded and this framework does not read that."""
+        state = load_state(folder)
+        if state.arrays is None:
+            return state
+        read = getattr(self.make_trainer, "read_sharded", None)
+        if read is None:
+            raise NotGathered(
+                f"--resume {self.folder}: its newest state, after step {state.position}, is a mesh's, divided over "
+                f"devices; run python -m jax_impl.gather {shlex.quote(str(self.folder))} once, then this again."
+            )
+        weights, slots = read(state.arrays, state.config)
+        return dataclasses.replace(state, weights=weights, slots=slots)
 
     def _restore(self, state: TrainingState, rollbacks: Sequence[Rollback] | None = None) -> Trainer:
         """A trainer where the state left one, at the rates of these rollbacks or of the state's."""
@@ -395,7 +411,9 @@ class _Run:
             self._fail(reason)
         del self.trainer  # Its memory is the next one's.
         slower = (*self.rollbacks, rollback)
-        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=before)
+        self.trainer, state = newest_sound(
+            config, self._load, lambda state: self._restore(state, slower), before=before
+        )
         rollback = again(state.position)  # A state that was good by its headers may have been damaged.
         assert rollback is not None, "the answer does not depend on the state"
         self.rollbacks, self.position = (*self.rollbacks, rollback), state.position
@@ -474,19 +492,30 @@ class _Run:
         self.saver.wait()
         snapshot = snapshot_of(self.trainer)
 
+        def keep_best(weights: Mapping[str, np.ndarray]) -> None:
+            about = {"step": step, "validation_loss": lowest}
+            save_folder(folder / "best", config.model, weights, tokenizer, about=about)
+
         def write() -> None:
             check_room(config, best=best, state=state)
             log.sync()
-            if best:
-                about = {"step": step, "validation_loss": lowest}
-                save_folder(folder / "best", config.model, snapshot.weights, tokenizer, about=about)
-            if state:
-                values = TrainingState(
-                    kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            values = TrainingState(
+                kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            )
+            if snapshot.shards is not None and state:
+                save_sharded(
+                    folder, values, snapshot.shards, tokenizer, log.about, save_best=keep_best if best else None
                 )
-                aside = place_of_last(folder, values.position, config.keep)
-                save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
-                keep_newest(folder, config.keep)
+            elif snapshot.shards is not None:
+                save_gathered(folder, snapshot.weights, snapshot.shards, keep_best)
+            else:
+                if best:
+                    keep_best(snapshot.weights)
+                if state:
+                    aside = place_of_last(folder, values.position, config.keep)
+                    save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
+                    keep_newest(folder, config.keep)
+            if state:
                 self.interruption.remedy = self._go_on_with()
 
         first = state and not state_folders(folder)

@@ -48,9 +48,13 @@ def text_again(config: RunConfig, saved_in: Path, state: TrainingState) -> Datas
 
 
 def newest_sound(
-    config: RunConfig, restore: Callable[[TrainingState], T], *, before: float = math.inf
+    config: RunConfig,
+    load: Callable[[Path], TrainingState],
+    restore: Callable[[TrainingState], T],
+    *,
+    before: float = math.inf,
 ) -> tuple[T, TrainingState]:
-    """What `restore` makes of the newest state of which every byte is as it was written, and that state.
+    """What `restore` makes of the newest state, as `load` reads it, of which every byte is as it was written; and that.
 
     What was wrong with newer ones is said, and they are set apart, as are those whose position is not `before` the
     given one. UserError, and nothing is moved, if none is sound.
@@ -61,7 +65,7 @@ def newest_sound(
     clear_scratch(run)
     for folder in state_folders(run):
         try:
-            state = load_state(folder)
+            state = load(folder)
             if state.position >= before:
                 later.append(folder)
                 continue
