@@ -45,6 +45,7 @@ from harness.runlog import RunLog, check_tensorboard
 from harness.saving import Saver, Snapshot, snapshot_of
 from harness.sharded import save_gathered, save_sharded
 from harness.state import (
+    SHARDED,
     NotGathered,
     TrainingState,
     clear_scratch,
@@ -200,7 +201,7 @@ class _Run:
                 picture = folder / "loss.png"
                 plot_runs([folder], picture, baselines=baselines)
         print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
-        kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
+        kept = [str(folder / name) for name in ("best", "last", SHARDED) if (folder / name).exists()]
         print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
 
     @contextlib.contextmanager
@@ -525,7 +526,7 @@ class _Run:
 
     def _fail(self, reason: str) -> NoReturn:
         """One line on stderr and exit code 1: why, what the folder keeps, how to go on."""
-        kept = [f"{name}/" for name in ("best", "last") if (self.folder / name).is_dir()]
+        kept = [f"{name}/" for name in ("best", "last", SHARDED) if (self.folder / name).is_dir()]
         remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
         if state_folders(self.folder) and len(self.rollbacks) < self.config.max_rollbacks:
             remedy += f"; or go back and on with: {self.resume_command} --on_divergence rollback"
