@@ -15,8 +15,10 @@ import tyro
 from tqdm import tqdm
 
 from harness.cli import leave, parse, run
+from harness.manifest import CHECKSUM, FILES
 from harness.saving import LazyArrays
 from harness.state import (
+    SHARDED_FIELD,
     TrainingState,
     clear_scratch,
     find_state,
@@ -28,9 +30,9 @@ from harness.state import (
     sharded_folder,
     state_folders,
 )
-from harness.tensors import PATIENCE, Damaged
+from harness.tensors import PATIENCE
 from jax_impl.sharded_states import check_together, read_sharded
-from recipe.config import UserError, require
+from recipe.config import require
 from recipe.lock import locked
 from recipe.tokenizer import load_tokenizer
 
@@ -98,7 +100,7 @@ def _position(folder: Path) -> int:
 
 def _about(state: TrainingState) -> dict:
     """Who trained it and on what, as the mesh's run.json says."""
-    written = {*run_values(state, {}), "sharded", "files", "checksum"}
+    written = {*run_values(state, {}), SHARDED_FIELD, FILES, CHECKSUM}
     return {name: value for name, value in state.about.items() if name not in written}
 
 

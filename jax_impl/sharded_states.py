@@ -20,7 +20,7 @@ from harness.manifest import check_files
 from harness.saving import LazyArrays
 from harness.state import SLOTS
 from harness.tensors import Damaged
-from jax_impl.weights import Params, flax_path, hf_shape, in_torch_layout
+from jax_impl.weights import Params, hf_shape, in_torch_layout, param_paths
 from recipe.config import RunConfig
 from recipe.params import param_specs, slot_shapes
 
@@ -79,7 +79,7 @@ class Shards:
 def read_sharded(folder: Path, config: RunConfig) -> tuple[StoredArrays, dict[str, StoredArrays]]:
     """Weights and slots of such a tree, for this process alone; nothing is read yet."""
     folder, specs = folder.absolute(), param_specs(config.model)
-    paths = {name: flax_path(name, spec.role) for name, spec in specs.items()}
+    paths = {name: path for path, name in param_paths(config.model).items()}
     slots: dict[str, dict[str, tuple[int, ...]]] = {slot: {} for slot in SLOTS}
     for name, shape in slot_shapes(config.model).items():
         slot, _, parameter = name.partition(".")

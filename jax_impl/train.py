@@ -31,7 +31,6 @@ from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
 from jax_impl.weights import (
     Params,
     bind,
-    flax_path,
     from_hf,
     hf_shape,
     model_structure,
@@ -99,8 +98,10 @@ def _begun(config: RunConfig, mesh: Mesh | None, params: Params) -> TrainState:
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state; nothing is computed or allocated."""
     dtype, specs, layout = config.precision.params, param_specs(config.model), sharding.layout_of(config)
-    paths = {flax_path(name, spec.role): spec.shape for name, spec in specs.items()}
-    params = {path: jax.ShapeDtypeStruct(hf_shape(path, shape), dtype) for path, shape in paths.items()}
+    params = {
+        path: jax.ShapeDtypeStruct(hf_shape(path, specs[name].shape), dtype)
+        for path, name in param_paths(config.model).items()
+    }
     state = jax.eval_shape(functools.partial(_begun, config, mesh), params)
     if layout is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
-from jax.sharding import NamedSharding
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from harness.saving import LazyArrays
 from jax_impl.exchange import hold
