@@ -28,6 +28,7 @@ from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
+from jax_impl.processes import joined
 from jax_impl.weights import (
     Params,
     bind,
@@ -354,7 +355,8 @@ class Trainer:
 
 def train(config: RunConfig) -> None:
     """Train as configured and leave the run folder `config.out`."""
-    loop.run(config, framework="jax", make_trainer=Trainer)
+    with joined(config.hosts) as peers:
+        loop.run(config, framework="jax", make_trainer=Trainer, peers=peers)
 
 
 if __name__ == "__main__":

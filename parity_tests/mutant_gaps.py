@@ -22,6 +22,7 @@ MANIFESTS, DURABLE = "tests/test_manifest.py", "tests/test_durable.py"
 POWER = "tests/test_power.py::test_a_run_that_loses_power_goes_on_bit_for_bit"
 RESUMED, DIVERGENCE, SIGNALS = "tests/test_resumed.py", "tests/test_divergence.py", "tests/test_interruption.py"
 SURVIVORS = "tests/test_survivors.py"
+HOSTS, PROCESSES = "tests/test_hosts.py", "tests/test_processes.py"
 MODELS = "parity_tests/test_model.py"
 
 
@@ -510,7 +511,7 @@ COST_SLIPS = (
         "cost",
         "metrics are read at every update",
         "harness.loop",
-        "due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS",
+        "due = not self.several and time.perf_counter() - since > SECONDS_BETWEEN_RECORDS",
         "due = True",
         LOG,
     ),
@@ -1254,7 +1255,7 @@ STOPPING = (
         "signals",
         "an evaluation is finished before a signal is answered",
         "harness.loop",
-        "            if self.interruption.signal is not None:\n                raise _Stopping",
+        "            if self._stopping():\n                raise _Stopping",
         "            if False:\n                raise _Stopping",
         SURVIVORS,
     ),
@@ -1686,6 +1687,97 @@ ON_A_GPU = (
     ),
 )
 
+SEVERAL = (
+    slip(
+        "several processes",
+        "each stops by its own signal alone",
+        "harness.loop",
+        "number = self.peers.agree(self.interruption.signal or 0)",
+        "number = self.interruption.signal or 0",
+        f"{HOSTS}::test_a_signal_to_any_stops_all_after_the_same_update",
+    ),
+    slip(
+        "several processes",
+        "each reads its records by its own clock",
+        "harness.loop",
+        "due = not self.several and time",
+        "due = time",
+        f"{HOSTS}::test_no_clock_decides_what_several_do",
+    ),
+    slip(
+        "several processes",
+        "each holds the folder",
+        "harness.loop",
+        "        if not self.peers.is_chief:\n            return trainer\n",
+        "",
+        f"{HOSTS}::test_several_keep_one_folder_one_log_and_say_each_line_once",
+    ),
+    slip(
+        "several processes",
+        "nobody hears that another refuses",
+        "harness.loop",
+        "if code := self.peers.agree(0):",
+        "if code := 0 * self.peers.agree(0):",
+        f"{HOSTS}::test_what_one_refuses_ends_all",
+    ),
+    slip(
+        "several processes",
+        "a process's targets are of all rows",
+        "harness.loop",
+        "return inputs_ABT[:, rows], targets_ABT[:, rows]",
+        "return inputs_ABT[:, rows], targets_ABT",
+        f"{HOSTS}::test_each_reads_only_its_rows",
+    ),
+    slip(
+        "several processes",
+        "a run remembers where its chief stood",
+        "harness.loop",
+        "self.config = dataclasses.replace(config, hosts=HostsConfig())",
+        "self.config = config",
+        f"{HOSTS}::test_several_keep_one_folder_one_log_and_say_each_line_once",
+    ),
+    slip(
+        "several processes",
+        "a run with a state is begun again by whoever lost another",
+        "harness.loop",
+        "if self.config.resume or state_folders(self.folder) else",
+        "if self.config.resume else",
+        f"{HOSTS}::test_who_loses_another_says_so_and_how_to_go_on",
+    ),
+    slip(
+        "several processes",
+        "the others judge without the last record",
+        "harness.runlog",
+        'if record["step"] <= step]',
+        'if record["step"] < step]',
+        f"{HOSTS}::test_the_log_of_the_others_has_the_chiefs_records",
+    ),
+    slip(
+        "several processes",
+        "memory that is full counts as a lost process",
+        "jax_impl.processes",
+        "return _one_line(text) if named and OF_A_PEER.search(text) else None",
+        "return _one_line(text) if named else None",
+        f"{PROCESSES}::test_which_errors_say_that_a_process_is_lost",
+    ),
+    slip(
+        "several processes",
+        "the runtime has the last word",
+        "harness.peers",
+        "library.signal(signal.SIGABRT, handler)",
+        "pass",
+        f"{HOSTS}::test_a_process_that_the_runtime_aborts_has_the_last_word",
+    ),
+    slip(
+        "several processes",
+        "an address without a port is waited for",
+        "jax_impl.processes",
+        '"its port is none"\n',
+        '""\n',
+        f"{PROCESSES}::test_who_does_not_meet_the_others_says_so_in_one_line",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
     *SHARED,
@@ -1696,6 +1788,7 @@ MUTANTS = (
     *DURABILITY,
     *SURVIVAL,
     *STOPPING,
+    *SEVERAL,
     *INPUT,
     *JUDGES,
     *COMPARISON,
