@@ -1778,6 +1778,9 @@ STREAMED = (
         "index_AB = index_AB[:, rows]",
         "index_AB = index_AB[:, : index_AB[:, rows].shape[1]]",
         f"{STREAMING}::test_some_rows_of_a_batch_are_those_of_the_whole",
+    ),
+)
+
 SEVERAL = (
     slip(
         "several processes",
