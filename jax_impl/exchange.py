@@ -192,14 +192,12 @@ def _all_gather(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def in_use(
-    params: Mapping[str, jax.Array], dtype, often: bool
-) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
+def in_use(params: Mapping[str, jax.Array], dtype, often: bool) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
     """What gradients are taken of, and copies of matrices in the compute dtype; of stacks of layers' too (`scan.py`).
 
     One device has copies where they are rounded once to be used `often`, in several micro-batches or in a loop over
-    layers. On a mesh there is one of each matrix, whole if `gather` is update, and then what stands for the parameter is
-    never read.
+    layers. On a mesh there is one of each matrix, whole if `gather` is update, and then what stands for the parameter
+    is never read.
     """
     layout = here()
     if layout is None:

@@ -24,7 +24,7 @@ from jax_impl.exchange import spread, whole_product
 from jax_impl.loss import cross_entropy, token_losses
 from jax_impl.products import accumulator, product
 from jax_impl.random import dropout
-from jax_impl.scan import through
+from jax_impl.scan import checkpoint
 from recipe.config import ModelConfig, PrecisionConfig, require
 
 
@@ -207,8 +207,10 @@ class Qwen3Model(nnx.Module):
         if decoding:
             cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
-        remat = self.remat and cache is None
-        x_BTD = through(self.layers, x_BTD, remat, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+        for layer in self.layers:
+            call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+            remat = self.remat and cache is None
+            x_BTD = checkpoint(call, remat)(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
 
 

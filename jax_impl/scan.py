@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl import exchange
-from recipe.config import ModelConfig
+from recipe.config import ModelConfig, RunConfig
 
 _LAYERS = "model.layers."
 
@@ -28,10 +28,11 @@ def runs(config: ModelConfig) -> list[range]:
 class Layers(nnx.Module):
     """Layers of one window; `layer` is one of them, whose parameters are the stacks of all (L, ...)."""
 
-    def __init__(self, layer: nnx.Module, numbers: range) -> None:
+    def __init__(self, layer: Any, numbers: range) -> None:
         self.layer, self.numbers = layer, numbers
 
-    def __call__(self, x_BTD: jax.Array, remat: bool, **rest: Any) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, *, remat: bool, **rest: Any) -> jax.Array:
+        """The hidden states (B, T, D) after all of them; `rest` is what each is given beside."""
         graph, stacks = nnx.split(self.layer)
 
         def one(x_BTD, number_and_parts):
@@ -46,14 +47,11 @@ class Layers(nnx.Module):
         return jax.lax.scan(one, x_BTD, (jnp.arange(self.numbers.start, self.numbers.stop), stacks))[0]
 
 
-def through(layers: Any, x_BTD: jax.Array, remat: bool, **rest: Any) -> jax.Array:
-    """The hidden states (B, T, D) after all layers; `rest` is what each is given beside them."""
-    for layer in layers:
-        if isinstance(layer, Layers):
-            x_BTD = layer(x_BTD, remat, **rest)
-        else:
-            x_BTD = exchange.checkpoint(functools.partial(layer, **rest), remat)(x_BTD)
-    return x_BTD
+def checkpoint(call: functools.partial, remat: bool) -> Callable:
+    """A layer's call as `exchange.checkpoint` has it differentiated; of `Layers`, each layer's."""
+    if isinstance(call.func, Layers):
+        return functools.partial(call, remat=remat)
+    return exchange.checkpoint(call, remat)
 
 
 def joined(layers: Any, config: ModelConfig) -> nnx.List:
@@ -61,33 +59,34 @@ def joined(layers: Any, config: ModelConfig) -> nnx.List:
     return nnx.List([Layers(layers[numbers.start], numbers) for numbers in runs(config)])
 
 
-def stacked(config: ModelConfig) -> Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]:
-    """Parameters by path -> those of a model with `joined` layers."""
+Change = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+def stacked(config: RunConfig) -> Change:
+    """Parameters by path -> those of a model with `joined` layers, if this run's is one."""
 
     def stack(params):
         done = {path: x for path, x in params.items() if not path.startswith(_LAYERS)}
-        for run, numbers in enumerate(runs(config)):
+        for run, numbers in enumerate(runs(config.model)):
             for name in _names(params, numbers.start):
-                parts = [params[f"{_LAYERS}{number}.{name}"] for number in numbers]
-                done[f"{_LAYERS}{run}.layer.{name}"] = jnp.stack(parts)
+                done[f"{_LAYERS}{run}.layer.{name}"] = jnp.stack([params[f"{_LAYERS}{n}.{name}"] for n in numbers])
         return done
 
-    return stack
+    return stack if config.scan_layers else dict
 
 
-def unstacked(config: ModelConfig) -> Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]:
+def unstacked(config: RunConfig) -> Change:
     """The inverse of `stacked`, for gradients."""
 
     def unstack(grads):
         done = {path: x for path, x in grads.items() if not path.startswith(_LAYERS)}
-        for run, numbers in enumerate(runs(config)):
+        for run, numbers in enumerate(runs(config.model)):
             for name in _names(grads, run):
-                for index, number in enumerate(numbers):
-                    own = name.removeprefix("layer.")
-                    done[f"{_LAYERS}{number}.{own}"] = grads[f"{_LAYERS}{run}.{name}"][index]
+                own = name.removeprefix("layer.")
+                done |= {f"{_LAYERS}{n}.{own}": grads[f"{_LAYERS}{run}.{name}"][i] for i, n in enumerate(numbers)}
         return done
 
-    return unstack
+    return unstack if config.scan_layers else dict
 
 
 def _names(params: Mapping[str, jax.Array], number: int) -> list[str]:

@@ -108,7 +108,7 @@ def make_train_step(
     finite, nothing changes but the count of skipped updates.
     """
     graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
-    in_layers, apart = (scan.stacked(config.model), scan.unstacked(config.model)) if config.scan_layers else (dict, dict)
+    in_layers, apart = scan.stacked(config), scan.unstacked(config)
     optimizer, schedule, layout = make_optimizer(config, mesh), make_schedule(config), sharding.layout_of(config)
     specs = {path: layout.spec(path) for path in param_paths(config.model)} if layout else {}
     rows = PartitionSpec(None, *layout.rows) if layout else PartitionSpec()
@@ -169,7 +169,7 @@ def make_train_step(
 def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
     graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
-    in_layers, layout = scan.stacked(config.model) if config.scan_layers else dict, sharding.layout_of(config)
+    in_layers, layout = scan.stacked(config), sharding.layout_of(config)
 
     @jax.jit
     def evaluate(params, inputs_BT, targets_BT):

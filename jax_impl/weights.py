@@ -132,7 +132,7 @@ def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], 
 
 
 def model_structure(config: ModelConfig, precision: PrecisionConfig, scan_layers: bool = False) -> nnx.GraphDef:
-    """The model without its parameters, built without allocating any; with `scan_layers` its layers are `scan.joined`."""
+    """The model without its parameters, built without allocating any; its layers `scan.joined` if asked."""
 
     def build():
         model = Qwen3ForCausalLM(config, precision)

@@ -31,6 +31,7 @@ OTHER = {
     "on_divergence": "rollback",
     "max_rollbacks": 7,
     "rollback_factor": 0.25,
+    "scan_layers": True,
 }
 """Another value of each field that may differ, with which the run below does not diverge."""
 

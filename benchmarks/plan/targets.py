@@ -141,7 +141,10 @@ H100 = Target(
         threefry=132 * INTEGER_LANES * CLOCK / THREEFRY_INSTRUCTIONS,
     ),
     description=H100_PROTO,
-    topologies=tuple((count, f"1x1x{count}") for count in (1, 2, 4, 8)),
+    topologies=(
+        *((count, f"1x1x{count}") for count in (1, 2, 4, 8)),
+        *((8 * hosts, f"1x{hosts}x8") for hosts in (2, 4, 8, 16, 32)),
+    ),
 )
 
 
@@ -176,16 +179,22 @@ def _tpu(name: str, kind: str, *, tflops: float, gigabytes: float, links: float,
     )
 
 
+def _slices(name: str) -> tuple[tuple[int, str], ...]:
+    """Slices of a two-dimensional torus, up to a pod of 256."""
+    sides = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+    return tuple((rows * columns, f"{name}:{rows}x{columns}") for rows, columns in sides)
+
+
 TARGETS = {
     target.name: target
     for target in (
         H100,
         _tpu("v5e", "TPU v5e", tflops=197, gigabytes=819, links=200, memory=16, variable="v5litepod-1",
-             topologies=((1, "v5e:1x1"), (4, "v5e:2x2"), (8, "v5e:2x4"))),
+             topologies=_slices("v5e")),
         _tpu("v5p", "TPU v5p", tflops=459, gigabytes=2765, links=600, memory=95, variable="v5p-8",
-             topologies=((4, "v5p:2x2x1"),)),
+             topologies=((4, "v5p:2x2x1"), (8, "v5p:2x2x2"), (16, "v5p:2x2x4"), (64, "v5p:4x4x4"), (128, "v5p:4x4x8"))),
         _tpu("v6e", "TPU v6e", tflops=918, gigabytes=1640, links=448, memory=32, variable="v6e-1",
-             topologies=((1, "v6e:1x1"), (4, "v6e:2x2"), (8, "v6e:2x4"))),
+             topologies=_slices("v6e")),
         Target(name="host", platform="", backend="cpu", kind="this machine's processor",
                topologies=tuple((count, "") for count in (1, 2, 4, 8))),
     )
