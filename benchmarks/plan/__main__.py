@@ -1,6 +1,7 @@
 """Plan training updates for a device that is not here: `python -m benchmarks.plan --help`."""
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from benchmarks.plan import report
 from benchmarks.plan.parts import costs
 from benchmarks.plan.program import Program
 from benchmarks.plan.targets import Target, get_target
+from benchmarks.plan.traffic import formula
 from harness.cli import end, parse
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import RunConfig, UserError, require
@@ -124,7 +126,8 @@ def plan(options: PlanConfig, preset: str) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{preset}-{target.name}.hlo.txt").write_text(compiled.text, encoding="utf-8")
     program = Program(compiled.text)
-    found = costs(program, config, target.rates, compiled.estimates)
+    devices = options.shape.devices
+    found = costs(program, config, target.rates, compiled.estimates, functools.partial(target.link_rate, devices))
     versions = installed_versions() | target.versions()
     return {
         "command": shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]]),
@@ -138,10 +141,11 @@ def plan(options: PlanConfig, preset: str) -> dict[str, Any]:
             found,
             config,
             target,
-            devices=options.shape.devices,
+            devices=devices,
             memory=compiled.memory,
             state_arrays=compiled.state_arrays,
             code=compiled.code,
+            formula=formula(config, compiled.tokens_at_once),
         ),
     }
 

@@ -25,6 +25,7 @@ from benchmarks.plan import machine_code
 from benchmarks.plan.parts import Estimate
 from benchmarks.plan.targets import Target
 from jax_impl import sharding
+from jax_impl.backend import machine
 from jax_impl.train import TrainState, make_optimizer, make_train_step
 from jax_impl.weights import flax_path
 from recipe.config import RunConfig, require
@@ -129,6 +130,8 @@ class Compiled:
     """What Pallas kernels say of themselves, by name and results."""
     code: Mapping[str, machine_code.Code]
     """Machine code of every kernel by name; empty where it cannot be had."""
+    tokens_at_once: int
+    """Tokens of the loss in a chunk, on the target."""
 
 
 def compile_update(
@@ -148,7 +151,7 @@ def compile_update(
     start = time.perf_counter()
     with as_if_on(backend or target.backend), _on_kind(target, mesh):
         traced = trace(config, arguments, make_step, mesh)
-        lowered = traced.lower()
+        lowered, tokens_at_once = traced.lower(), machine().tokens_at_once
     lowered_at = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder} if target.platform == "cuda" else {}
@@ -169,6 +172,7 @@ def compile_update(
         seconds={"trace and lower": lowered_at - start, "compile": compiled_at - lowered_at},
         estimates=estimates(traced.jaxpr.jaxpr),
         code=code,
+        tokens_at_once=tokens_at_once,
     )
 
 
