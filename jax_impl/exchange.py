@@ -14,15 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jax_impl.products import Rounded, accumulator, gradient_like, product
 from jax_impl.sharding import IN_USE, ROWS, Layout, is_matrix, summed_axis
 from recipe.mesh import MeshShape
 
-GATHERED = "gathered"
-"""What a weight is called that is gathered for one layer, so that the backward pass gathers it again."""
+GATHERING = (jax.lax.all_gather_p, jax.lax.bitcast_convert_type_p)
+"""What makes a weight whole: by layer, its results are not kept for the backward pass, which gathers again."""
 _HERE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
@@ -161,33 +160,14 @@ class AtRest:
     def __getitem__(self, index) -> Rounded:
         """The whole, as a Flax variable asks for its value."""
         assert index is ..., "a part of a parameter is not indexed, but gathered"
-        parameter, copy = _gathered(self.parameter, self.copy, self.axis)
-        return _whole(self.path, parameter, checkpoint_name(copy, GATHERED))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gathered(parameter, copy, axis):
-    """The whole of a parameter from the copies; what stands for the parameter itself is never read."""
-    whole = _all_gather(copy, axis)
-    return jnp.zeros(whole.shape, parameter.dtype), whole
-
-
-def _gathered_forward(parameter, copy, axis):
-    return _gathered(parameter, copy, axis), None
-
-
-def _gathered_backward(axis, _, cotangent):
-    of_parameter, of_copy = cotangent
-    grad = jax.lax.psum_scatter(of_parameter, "fsdp", scatter_dimension=axis, tiled=True)
-    return grad, jnp.zeros(grad.shape, of_copy.dtype)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+        # Nobody reads the whole parameter, so that XLA gathers the copy alone; its gradient is the scattered sum.
+        parameter = jax.lax.all_gather(self.parameter, "fsdp", axis=self.axis, tiled=True)
+        return _whole(self.path, parameter, _all_gather(self.copy, self.axis))
 
 
 def _all_gather(x: jax.Array, axis: int) -> jax.Array:
     """Along fsdp; as bits, because XLA:CPU widens bfloat16 to float32 before it sends it."""
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.all_gather(bits, "fsdp", axis=axis, tiled=True)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
@@ -241,8 +221,7 @@ def checkpoint(call: Callable, remat: bool, prevent_cse: bool = True) -> Callabl
         return jax.checkpoint(call, prevent_cse=prevent_cse)
     if layout is None or layout.gather == "update":
         return call
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(call, prevent_cse=prevent_cse, policy=policy)
+    return jax.checkpoint(call, prevent_cse=prevent_cse, policy=lambda primitive, *_, **__: primitive not in GATHERING)
 
 
 @jax.custom_vjp
