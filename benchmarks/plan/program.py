@@ -171,7 +171,7 @@ class Launch:
 
     @property
     def sent(self) -> int:
-        """Bytes that leave a device in a collective: of a ring of g devices (g-1)/g of the whole, an all-reduce twice."""
+        """Bytes that leave a device in a collective: in a ring of g (g-1)/g of the whole, twice for an all-reduce."""
         ways = len(self.groups[0]) if self.groups else 0
         whole = self.payload * (1 + (self.collective == "all-reduce"))
         return whole * (ways - 1) // ways if ways else whole

@@ -300,9 +300,9 @@ def _facts(plan: Mapping[str, Any]) -> list[str]:
         hidden = plan["overlapped"]
         facts.append(
             f"step: {1e3 * plan['total']['seconds']:,.1f} ms if nothing overlaps, of which "
-            f"{1e3 * plan['seconds_on_links']:,.1f} ms on the links, MFU {plan['mfu_of_peak']:.1%} of the published peak; "
-            f"{1e3 * hidden['seconds']:,.1f} ms if all of it does, {hidden['tokens_per_second']:,.0f} tokens/s, MFU "
-            f"{hidden['mfu_of_peak']:.1%}"
+            f"{1e3 * plan['seconds_on_links']:,.1f} ms on the links, MFU {plan['mfu_of_peak']:.1%} of the published "
+            f"peak; {1e3 * hidden['seconds']:,.1f} ms if all of it does, {hidden['tokens_per_second']:,.0f} tokens/s, "
+            f"MFU {hidden['mfu_of_peak']:.1%}"
         )
     held = f"{memory['total'] / 2**30:,.2f} GiB a device"
     if plan["device_memory"]:

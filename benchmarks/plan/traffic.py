@@ -23,7 +23,7 @@ RULES = {
     "loss": r"loss\.",
     "activations": r"exchange\.(total|spread|whole_product|_total|_spread)",
 }
-"""What a collective is for -> what `file.function` of a frame begins with; rules in order, the innermost frame first."""
+"""What a collective is for -> what `file.function` of a frame begins with. The innermost frame is asked first."""
 UNKNOWN = "merged"
 """Collectives that XLA has made of several, and of which it has lost the lines."""
 
@@ -88,7 +88,7 @@ def formula(config, tokens_at_once: int | None) -> list[dict[str, Any]]:
 
 
 def markdown(found: list[Mapping[str, Any]], expected: list[Mapping[str, Any]]) -> list[str]:
-    """Compiled beside paper, by kind and axes and by part; XLA merges what it can, so numbers differ and bytes do not."""
+    """Compiled beside paper, by kind and axes, and by part. XLA merges what it can: numbers differ, bytes do not."""
 
     def sums(rows: Iterable[Mapping[str, Any]], keys: tuple[str, ...]) -> dict[tuple, dict[str, float]]:
         total: dict[tuple, dict[str, float]] = {}
