@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_impl.products import Rounded, accumulator, gradient_like, product
-from jax_impl.sharding import IN_USE, ROWS, Layout, summed_axis
+from jax_impl.sharding import IN_USE, ROWS, Layout, is_matrix, summed_axis
 from recipe.mesh import MeshShape
 
 GATHERING = (jax.lax.all_gather_p, jax.lax.bitcast_convert_type_p)
@@ -179,25 +179,24 @@ def _all_gather(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def in_use(
-    params: Mapping[str, jax.Array], dtype, micro_batches: int
-) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
-    """What the gradients of so many micro-batches are taken of, and copies of matrices in the compute dtype.
+def in_use(params: Mapping[str, jax.Array], dtype, often: bool) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
+    """What gradients are taken of, and copies of matrices in the compute dtype; of stacks of layers' too (`scan.py`).
 
-    One device has copies where they are rounded once for several micro-batches. On a mesh there is one of each matrix,
-    whole if `gather` is update, and then what stands for the parameter is never read.
+    One device has copies where they are rounded once to be used `often`, in several micro-batches or in a loop over
+    layers. On a mesh there is one of each matrix, whole if `gather` is update, and then what stands for the parameter
+    is never read.
     """
     layout = here()
     if layout is None:
-        narrower = {path: x for path, x in params.items() if x.ndim == 2 and x.dtype != dtype and micro_batches > 1}
+        narrower = {path: x for path, x in params.items() if is_matrix(path) and x.dtype != dtype and often}
         return params, {path: x.astype(dtype) for path, x in narrower.items()}
     variables, copies = dict(params), {}
     for path, x in params.items():
-        if x.ndim < 2:
+        if not is_matrix(path):
             continue
         copies[path], axis = x.astype(dtype), layout.gathered_axis(path)
         if axis is not None and layout.gather == "update":
-            copies[path] = _all_gather(copies[path], axis)
+            copies[path] = _all_gather(copies[path], axis + x.ndim - 2)
             variables[path] = jnp.zeros(copies[path].shape, x.dtype)
     return variables, copies
 
@@ -222,14 +221,14 @@ def in_turn(copies: dict[str, jax.Array], micro_batch: Any) -> dict[str, jax.Arr
     return jax.lax.optimization_barrier((copies, micro_batch))[0]
 
 
-def checkpoint(call: Callable, remat: bool) -> Callable:
+def checkpoint(call: Callable, remat: bool, prevent_cse: bool = True) -> Callable:
     """A layer as it is differentiated: activations computed again if `remat`, weights gathered again if by layer."""
     layout = here()
     if remat:
-        return jax.checkpoint(call)
+        return jax.checkpoint(call, prevent_cse=prevent_cse)
     if layout is None or layout.gather == "update":
         return call
-    return jax.checkpoint(call, policy=lambda primitive, *_, **__: primitive not in GATHERING)
+    return jax.checkpoint(call, prevent_cse=prevent_cse, policy=lambda primitive, *_, **__: primitive not in GATHERING)
 
 
 @jax.custom_vjp
@@ -266,11 +265,11 @@ def reduced(loss: jax.Array, grads: Mapping[str, jax.Array]) -> tuple[jax.Array,
     small: dict[tuple, list[str]] = {}
     for path, grad in grads.items():
         axis, names = layout.gathered_axis(path), layout.summed_over(path)
-        if grad.ndim < 2:  # together, or each would be a collective of its own
+        if not is_matrix(path):  # together, or each would be a collective of its own
             small.setdefault((names, grad.dtype), []).append(path)
             continue
         if axis is not None and layout.gather == "update":
-            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis + grad.ndim - 2, tiled=True)
         done[path] = jax.lax.psum(grad, names) if names else grad
     for (names, _), paths in small.items():
         flat = jnp.concatenate([grads[path].reshape(-1) for path in paths])
