@@ -207,11 +207,8 @@ def gathered_as_bits(jaxpr, bits: str) -> int:
     count = 0
     for eqn in jaxpr.eqns:
         count += eqn.primitive.name == "all_gather" and eqn.invars[0].aval.dtype == bits
-        inner = [
-            value for values in eqn.params.values() for value in (values if isinstance(values, tuple) else [values])
-        ]
-        inner = [getattr(value, "jaxpr", value) for value in inner]
-        count += sum(gathered_as_bits(value) for value in inner if hasattr(value, "eqns"))
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(eqn.params.values()))]
+        count += sum(gathered_as_bits(leaf, bits) for leaf in inner if hasattr(leaf, "eqns"))
     return count
 
 
