@@ -29,7 +29,7 @@ from recipe.params import param_specs
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ["data-fsdp", "all", "other"]
+ALWAYS = ["all", "other"]
 NIGHTLY = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in ALWAYS]
 ON_EVERY_MESH = [*ALWAYS, *NIGHTLY]
 IN_FLOAT64 = [case for case in ON_EVERY_MESH if case in ALWAYS or CASES[case.values[0]][3].params == "float64"]
