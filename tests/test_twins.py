@@ -18,6 +18,7 @@ ONE_SIDED_FILES = {
     "muon/matrices.py": "torch's layout is one: (fan_out, fan_in, ...)",
     "muon/sharded.py": "torch_ref runs on one device",
     "scan.py": "torch compiles nothing",
+    "processes.py": "torch_ref runs in one process",
     "sharding.py": "torch_ref runs on one device",
     "traffic.py": "torch_ref runs on one device",
 }
