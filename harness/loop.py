@@ -120,12 +120,12 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
     lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
     lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    shown = {
-        name: value for name, value in environment.items() if name not in ("machine", "attention", "why_not_fused")
-    }
+    elsewhere = ("machine", "attention", "why_not_fused", "not_divided")
+    shown = {name: value for name, value in environment.items() if name not in elsewhere}
     lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
+    lines += [f"mesh       {note}" for note in environment.get("not_divided", [])]
     lines.append(f"folder     {config.out}")
     return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
@@ -503,7 +503,7 @@ class _Run:
         began = watch.since or watch.step
         diagnosis: Diagnosis | str
         try:
-            diagnosis = self.trainer.diagnose(*self._batch(began), position=began - 1)
+            diagnosis = self.trainer.diagnose(*self._whole_batch(began), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
         # The loss of update `began` is that of the weights before it, so the state in between may be bad itself.
@@ -563,8 +563,11 @@ class _Run:
                 self.log.rollback(self.position, values)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an update."""
-        return self._rows(self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config)))
+        """Inputs and targets of an update, as far as this process needs them."""
+        return self._rows(self._whole_batch(step))
+
+    def _whole_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config))
 
     def _rows(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of each micro-batch the rows that this process's devices hold."""
@@ -730,7 +733,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _batch_shape(config: RunConfig) -> dict[str, int]:
+def _batch_shape(config: RunConfig) -> dict[str, Any]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 

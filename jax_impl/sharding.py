@@ -46,6 +46,11 @@ def summed_axis(path: str) -> str:
     return axis if axis in IN_USE and path.endswith(".kernel") else ""
 
 
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is a matrix or a table, of which products take a copy in the compute dtype."""
+    return len(_axes(path)) == 2
+
+
 def _axes(path: str) -> tuple[str, ...]:
     return AXES.get(".".join(path.split(".")[-2:]), ())
 
@@ -167,6 +172,26 @@ def placed(mesh: Mesh | None, *batches: np.ndarray) -> tuple[Any, ...]:
     rows = tuple(name for name in ROWS if mesh.shape[name] > 1) if B % ways == 0 else ()
     spec = PartitionSpec(*[None] * (batches[0].ndim - 2), _squeezed(rows)) if rows else PartitionSpec()
     return tuple(place(batch, NamedSharding(mesh, spec)) for batch in batches)
+
+
+def placed_rows(mesh: Mesh | None, count: int, *batches: np.ndarray) -> tuple[Any, ...]:
+    """Tokens (A, B, T) of an update on the mesh, of whose B = `count` rows each process has those of `local_rows`."""
+    if mesh is None:
+        return batches
+    rows = tuple(name for name in ROWS if mesh.shape[name] > 1)
+    sharding = NamedSharding(mesh, PartitionSpec(None, _squeezed(rows)) if rows else PartitionSpec())
+    first = local_rows(mesh, count).start
+
+    def on_mesh(batch_ABT: np.ndarray) -> jax.Array:
+        def of_device(index):
+            micro_batches, rows, positions = index
+            start, stop, _ = rows.indices(count)
+            return batch_ABT[micro_batches, start - first : stop - first, positions]
+
+        A, _, T = batch_ABT.shape
+        return jax.make_array_from_callback((A, count, T), sharding, of_device)
+
+    return tuple(map(on_mesh, batches))
 
 
 def local_rows(mesh: Mesh, count: int) -> slice:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from harness import loop
 from harness.divergence import Diagnosis
 from harness.saving import NO_ROOM, Snapshot
-from jax_impl import exchange, random, sharded_states, sharding
+from jax_impl import exchange, random, scan, sharded_states, sharding
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
@@ -143,7 +143,8 @@ def make_train_step(
     Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
     finite, nothing changes but the count of skipped updates.
     """
-    graph = model_structure(config.model, config.precision)
+    graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
+    in_layers, apart = scan.stacked(config), scan.unstacked(config)
     optimizer, schedule, layout = make_optimizer(config, mesh), make_schedule(config), sharding.layout_of(config)
     specs = {path: layout.spec(path) for path in param_paths(config.model)} if layout else {}
     rows = PartitionSpec(None, *layout.rows) if layout else PartitionSpec()
@@ -159,7 +160,7 @@ def make_train_step(
         """Loss and gradient, the means over all micro-batches; on a mesh each device has its rows and parts."""
         A = inputs_ABT.shape[0]
         # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
-        variables, rounded = exchange.in_use(params, config.precision.compute, A)
+        variables, rounded = exchange.in_use(in_layers(params), config.precision.compute, A > 1 or config.scan_layers)
 
         def gradient(index, inputs_BT, targets_BT):
             key = random.fold_in(step_key, index) if config.model.dropout else None
@@ -173,7 +174,8 @@ def make_train_step(
         else:
             zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, variables))
             total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
-        return exchange.reduced(*jax.tree.map(lambda x: x / A, total))
+        mean_loss, grads = exchange.reduced(*jax.tree.map(lambda x: x / A, total))
+        return mean_loss, apart(grads)
 
     mean_gradient = exchange.over_devices(
         layout, mesh, mean_gradient, (specs, PartitionSpec(), rows, rows), (PartitionSpec(), specs)
@@ -202,7 +204,8 @@ def make_train_step(
 
 def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
-    graph, layout = model_structure(config.model, config.precision), sharding.layout_of(config)
+    graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
+    in_layers, layout = scan.stacked(config), sharding.layout_of(config)
 
     @jax.jit
     def evaluate(params, inputs_BT, targets_BT):
@@ -210,7 +213,7 @@ def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., 
         divided = layout is not None and len(inputs_BT) % layout.shape.rows == 0
 
         def sums(params, inputs_BT, targets_BT):
-            params, rounded = exchange.in_use(params, config.precision.compute, 1)
+            params, rounded = exchange.in_use(in_layers(params), config.precision.compute, config.scan_layers)
             return exchange.sums_over_rows(bind(graph, params, rounded).evaluate(inputs_BT, targets_BT), divided)
 
         specs = {path: layout.spec(path) for path in params} if layout else {}
@@ -275,6 +278,9 @@ class Trainer:
         shape = parse_mesh(config.mesh)
         self.mesh = None if shape is None else sharding.make_mesh(shape)
         """The mesh of all devices, of all processes; None for one device."""
+        B = config.batch_size
+        self.rows_of_batch = slice(B) if self.mesh is None else sharding.local_rows(self.mesh, B)
+        """Rows of a micro-batch that this process's devices hold, and `step` is given."""
         stored = isinstance(weights, sharded_states.StoredArrays)  # `restore` reads them with the slots
         self.state = abstract_state(config, self.mesh) if stored else init_state(config, weights, self.mesh)
         self.train_step, self.eval_step = make_train_step(config, self.mesh), make_evaluate(config, self.mesh)
@@ -293,7 +299,7 @@ class Trainer:
             self.environment |= {"mesh": str(layout.shape), "not_divided": layout.notes}
 
     def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
-        batch = sharding.placed(self.mesh, inputs_ABT, targets_ABT)
+        batch = sharding.placed_rows(self.mesh, self.config.batch_size, inputs_ABT, targets_ABT)
         self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 

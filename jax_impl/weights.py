@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from harness.saving import LazyArrays
 from jax_impl.exchange import hold
 from jax_impl.model import Qwen3ForCausalLM
+from jax_impl.scan import joined
 from jax_impl.sharding import place
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
@@ -146,9 +147,16 @@ def _is_leaf(leaf) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
-def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:
-    """The model without its parameters, built without allocating any."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Qwen3ForCausalLM(config, precision)))
+def model_structure(config: ModelConfig, precision: PrecisionConfig, scan_layers: bool = False) -> nnx.GraphDef:
+    """The model without its parameters, built without allocating any; its layers `scan.joined` if asked."""
+
+    def build():
+        model = Qwen3ForCausalLM(config, precision)
+        if scan_layers:
+            model.model.layers = joined(model.model.layers, config)
+        return model
+
+    graph, _ = nnx.split(nnx.eval_shape(build))
     return graph
 
 
