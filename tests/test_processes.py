@@ -17,7 +17,7 @@ import pytest
 
 from harness.peers import ALONE, LOST
 from harness.records import readable_records
-from harness.state import load_state
+from harness.state import find_state, load_state, state_folders
 from jax_impl import processes
 from jax_impl.processes import joined
 from recipe.config import HostsConfig, UserError
@@ -178,7 +178,7 @@ def as_one_then_killed(tmp_path: Path, *more: str) -> None:
         said = group.last_line(0)
         assert said.startswith("process 0 of 2: lost a peer after step "), said
         assert f"; go on with: python train_jax.py --resume {group.run} --hosts.coordinator" in said
-        assert load_state(group.run / "last").position >= 2, "a sound state is left"
+        assert find_state(group.run, load_state)[1].position >= 2, "a sound state is left"
     alone = start(tmp_path, tmp_path / "alone.txt", *flags, "--mesh", "data=2", out="alone", devices=2)
     with contextlib.closing(Killing(alone)):
         wait_for(trained(tmp_path / "alone", 6), alone)
@@ -266,7 +266,7 @@ def test_a_signal_to_any_of_four_stops_all_with_one_state(number, to, tmp_path):
         began = group.send(number, *to)
         assert group.codes() == [128 + number] * 4
         print(f"\n{signal.Signals(number).name} to {to}: {time.monotonic() - began:.2f} s")
-        position = load_state(group.run / "last").position
+        position = find_state(group.run, load_state)[1].position
         assert group.last_line(0).startswith(f"stopped by {signal.Signals(number).name} after step {position}; go on")
         said = [group.logs[index].read_text(encoding="utf-8").count("process ") for index in (1, 2, 3)]
         assert said == [int(index in to) for index in (1, 2, 3)], "one line from those that had it"
@@ -279,7 +279,7 @@ def test_four_processes_go_on_with_a_run_bit_for_bit(tmp_path):
         assert group.codes() == [0] * 4
         (tmp_path / "run").rename(tmp_path / "whole")
     with Group(tmp_path, 4, *flags) as group:
-        wait_for(lambda: (group.run / "last").is_dir(), *group.processes)
+        wait_for(lambda: state_folders(group.run), *group.processes)
         group.send(signal.SIGKILL, 2)
         assert set(group.codes(but=[2])) <= {LOST, 0}
     with Group(tmp_path, 4, "--resume", str(tmp_path / "run")) as group:

@@ -108,6 +108,16 @@ def test_a_framework_that_cannot_read_the_newest_state_says_what_to_do_and_touch
     assert sorted(Path(config.out).rglob("*")) == before
 
 
+def test_a_framework_that_cannot_read_the_newest_state_goes_on_from_no_older_one(config):  # noqa: F811
+    with pytest.raises(Killed):
+        train(config, kill_at(5), kind=Toy)
+    with pytest.raises(Killed):
+        train(resumed(config), kill_at(8))
+    assert folders(config.out) == [f"{SHARDED}/0000000006", "last"]
+    with pytest.raises(UserError, match="after step 6, is a mesh's"):
+        loop.run(resumed(config), framework="torch", make_trainer=Toy)
+
+
 def gathered(run: str, position: int) -> None:
     """Write last/ from the mesh's state, as jax_impl.gather does."""
     chosen = sharded_folder(run, position)
@@ -237,6 +247,7 @@ def test_of_several_processes_each_writes_its_part_and_the_chief_the_rest(both, 
         assert len(check_files(folder, tensors=True)) == len([path for path in folder.rglob("*") if path.is_file()]) - 1
         parts = [check_files(folder, tensors=True, part=(index, 3)) for index in range(3)]
         assert parts[0] == parts[1] == parts[2] == manifest_of(folder)
+        assert all("size" in known for name, known in parts[0].items() if name.startswith(ARRAYS))
         assert not list(folder.glob("[0-9].json")) and load_state(folder).about["framework"] == "toy"
         found = newest(run)
         assert all(
