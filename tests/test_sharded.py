@@ -3,6 +3,7 @@ they are damaged. With Orbax and devices: parity_tests/test_sharded_states.py.""
 
 import dataclasses
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from harness import loop
+from harness.commands import checkpoint
 from harness.folders import load_folder, save_folder
 from harness.manifest import RUN, check_files, manifest_of
 from harness.preflight import is_begun, is_taken
@@ -116,6 +118,23 @@ def test_a_framework_that_cannot_read_the_newest_state_goes_on_from_no_older_one
     assert folders(config.out) == [f"{SHARDED}/0000000006", "last"]
     with pytest.raises(UserError, match="after step 6, is a mesh's"):
         loop.run(resumed(config), framework="torch", make_trainer=Toy)
+
+
+def test_inspect_looks_at_every_byte_of_a_meshs_states_too(config, monkeypatch, capsys):  # noqa: F811
+    train(config)
+    states = [sharded_folder(config.out, position) for position in (12, 9)]
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", config.out])
+    checkpoint.main()
+    said = capsys.readouterr().out
+    assert said.count("sound      5 files") == 1 and said.count("sound      4 files") == 2
+    size = sum(path.stat().st_size for path in (states[0] / ARRAYS).iterdir())
+    assert f"arrays     of mesh {config.mesh}, {size:,} bytes, 2 file(s)" in said
+    assert "state      step 12 of 12: 11 updates, 1 skipped" in said and "step 9 of 12" in said
+    flip(states[1] / ARRAYS / "slots-0")
+    with pytest.raises(UserError, match="slots-0 is not what was written"):
+        checkpoint.main()
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(states[0])])
+    checkpoint.main()
 
 
 def gathered(run: str, position: int) -> None:
