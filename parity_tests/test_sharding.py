@@ -29,7 +29,7 @@ from recipe.params import param_specs
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ["data-fsdp", "all", "other"]
+ALWAYS = ["all", "other"]
 NIGHTLY = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in ALWAYS]
 ON_EVERY_MESH = [*ALWAYS, *NIGHTLY]
 IN_FLOAT64 = [case for case in ON_EVERY_MESH if case in ALWAYS or CASES[case.values[0]][3].params == "float64"]
@@ -207,11 +207,8 @@ def gathered_as_bits(jaxpr, bits: str) -> int:
     count = 0
     for eqn in jaxpr.eqns:
         count += eqn.primitive.name == "all_gather" and eqn.invars[0].aval.dtype == bits
-        inner = [
-            value for values in eqn.params.values() for value in (values if isinstance(values, tuple) else [values])
-        ]
-        inner = [getattr(value, "jaxpr", value) for value in inner]
-        count += sum(gathered_as_bits(value) for value in inner if hasattr(value, "eqns"))
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(eqn.params.values()))]
+        count += sum(gathered_as_bits(leaf, bits) for leaf in inner if hasattr(leaf, "eqns"))
     return count
 
 
