@@ -667,7 +667,7 @@ MUTANTS = (
     Mutant(
         "momentum transposed on load",
         "jax_impl.weights",
-        "from_array(slots[slot][hf_name(path)], path, leaf.dtype, mesh_of(leaf))",
+        "from_array(slots[slot][hf_name(path)], path, leaf.dtype, where)",
         "jnp.asarray(slots[slot][hf_name(path)].reshape(leaf.shape), leaf.dtype)",
         SAME_JAX,
     ),

@@ -3,6 +3,7 @@ they are damaged. With Orbax and devices: parity_tests/test_sharded_states.py.""
 
 import dataclasses
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from harness import loop
+from harness.commands import checkpoint
 from harness.folders import load_folder, save_folder
 from harness.manifest import RUN, check_files, manifest_of
 from harness.preflight import is_begun, is_taken
@@ -106,6 +108,33 @@ def test_a_framework_that_cannot_read_the_newest_state_says_what_to_do_and_touch
     line = str(refused.value)
     assert "\n" not in line and f"python -m jax_impl.gather {config.out} once" in line and "after step 6" in line
     assert sorted(Path(config.out).rglob("*")) == before
+
+
+def test_a_framework_that_cannot_read_the_newest_state_goes_on_from_no_older_one(config):  # noqa: F811
+    with pytest.raises(Killed):
+        train(config, kill_at(5), kind=Toy)
+    with pytest.raises(Killed):
+        train(resumed(config), kill_at(8))
+    assert folders(config.out) == [f"{SHARDED}/0000000006", "last"]
+    with pytest.raises(UserError, match="after step 6, is a mesh's"):
+        loop.run(resumed(config), framework="torch", make_trainer=Toy)
+
+
+def test_inspect_looks_at_every_byte_of_a_meshs_states_too(config, monkeypatch, capsys):  # noqa: F811
+    train(config)
+    states = [sharded_folder(config.out, position) for position in (12, 9)]
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", config.out])
+    checkpoint.main()
+    said = capsys.readouterr().out
+    assert said.count("sound      5 files") == 1 and said.count("sound      4 files") == 2
+    size = sum(path.stat().st_size for path in (states[0] / ARRAYS).iterdir())
+    assert f"arrays     of mesh {config.mesh}, {size:,} bytes, 2 file(s)" in said
+    assert "state      step 12 of 12: 11 updates, 1 skipped" in said and "step 9 of 12" in said
+    flip(states[1] / ARRAYS / "slots-0")
+    with pytest.raises(UserError, match="slots-0 is not what was written"):
+        checkpoint.main()
+    monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", str(states[0])])
+    checkpoint.main()
 
 
 def gathered(run: str, position: int) -> None:
@@ -237,6 +266,7 @@ def test_of_several_processes_each_writes_its_part_and_the_chief_the_rest(both, 
         assert len(check_files(folder, tensors=True)) == len([path for path in folder.rglob("*") if path.is_file()]) - 1
         parts = [check_files(folder, tensors=True, part=(index, 3)) for index in range(3)]
         assert parts[0] == parts[1] == parts[2] == manifest_of(folder)
+        assert all("size" in known for name, known in parts[0].items() if name.startswith(ARRAYS))
         assert not list(folder.glob("[0-9].json")) and load_state(folder).about["framework"] == "toy"
         found = newest(run)
         assert all(
