@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from collections.abc import Sequence
 
 from recipe.config import UserError
@@ -69,3 +70,15 @@ def machine_says(error: Exception) -> tuple[int, str] | None:
 
 def _any_of(parts: Sequence[str], text: str) -> bool:
     return any(part.lower() in text.lower() for part in parts)
+
+
+def exit_code(error: BaseException) -> int:
+    """The code with which the command line answers an error, a signal's among them; a bug's is 1."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, UserError):
+        return MISTAKEN
+    said = machine_says(error) if isinstance(error, Exception) else None
+    return FAILED if said is None else said[0]

@@ -108,6 +108,11 @@ class Interruption:
         if unheard:
             raise self._exception() from error
 
+    def take_over(self, number: int) -> None:
+        """Note a signal that another process of this run had, as if it had come here."""
+        with _WATCH.lock:
+            self.signal = number
+
     def leave(self) -> NoReturn:
         """End the run in good order, as the signal asks: KeyboardInterrupt or `Terminated`, its text the last line."""
         raise self._exception()

@@ -5,11 +5,13 @@ A framework offers a `Trainer`; everything here is NumPy and the same for both, 
 
 import contextlib
 import dataclasses
+import json
 import math
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -25,10 +27,12 @@ from harness.divergence import (
     save_evidence,
     summary,
 )
+from harness.failures import exit_code
 from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.interruption import Interruption, Terminated
+from harness.peers import ALONE, LOST, Peers, end_at_once
 from harness.plot import plot_runs
 from harness.preflight import (
     check_begun,
@@ -41,9 +45,12 @@ from harness.preflight import (
 )
 from harness.records import lacks_validation
 from harness.resuming import last_good, mend_best, newest_sound, text_again
-from harness.runlog import RunLog, check_tensorboard
+from harness.runlog import RunLog, SilentLog, check_tensorboard
 from harness.saving import Saver, Snapshot, snapshot_of
+from harness.sharded import save_gathered, save_sharded
 from harness.state import (
+    SHARDED,
+    NotGathered,
     TrainingState,
     clear_scratch,
     find_state,
@@ -56,12 +63,12 @@ from harness.state import (
 )
 from harness.surroundings import config_differences, differences
 from recipe.baselines import ngram_baselines
-from recipe.config import PROFILE_AFTER, RunConfig, UserError, require, to_dict
+from recipe.config import PROFILE_AFTER, HostsConfig, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.durable import make_folder, write_whole
 from recipe.lock import locked
 from recipe.params import init_params, param_counts
-from recipe.reading import short
+from recipe.reading import short, some
 from recipe.sampling import SamplingOptions
 
 # Plain lines and bars show a record at least this often, however long a step takes.
@@ -113,12 +120,12 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
     lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
     lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    shown = {
-        name: value for name, value in environment.items() if name not in ("machine", "attention", "why_not_fused")
-    }
+    elsewhere = ("machine", "attention", "why_not_fused", "not_divided")
+    shown = {name: value for name, value in environment.items() if name not in elsewhere}
     lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
+    lines += [f"mesh       {note}" for note in environment.get("not_divided", [])]
     lines.append(f"folder     {config.out}")
     return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
@@ -129,19 +136,22 @@ def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
     return config.with_vocab_size(rows)
 
 
-def run(config: RunConfig, *, framework: str, make_trainer) -> None:
+def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE) -> None:
     """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
     picture, best weights, last states, samples.
 
     `make_trainer(config, weights)` builds the framework's `Trainer` on these weights. What can be known to be wrong
     raises UserError before the folder is made or touched. A run that came to nothing ends the process with one line and
     exit code 1, one that a signal stops with a line that says how to go on.
+
+    Of several `peers` every process calls this with the same configuration but for `hosts`. The chief has the folder,
+    the log and the picture; a process that loses another says so in one line and is ended at once, with exit code 75.
     """
     to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
     if config.tensorboard:
         check_tensorboard()
     with Interruption() as interruption, contextlib.ExitStack() as alone:
-        _Run(config, framework, make_trainer, interruption, alone).run()
+        _Run(config, framework, make_trainer, interruption, alone, peers).run()
 
 
 class _Stopping(Exception):
@@ -152,12 +162,21 @@ class _Run:
     """One run from its first look at the folder to its picture."""
 
     def __init__(
-        self, config: RunConfig, framework: str, make_trainer, interruption: Interruption, alone: contextlib.ExitStack
+        self,
+        config: RunConfig,
+        framework: str,
+        make_trainer,
+        interruption: Interruption,
+        alone: contextlib.ExitStack,
+        peers: Peers,
     ) -> None:
-        self.config, self.framework, self.make_trainer = config, framework, make_trainer
-        self.interruption, self.alone = interruption, alone
+        # Where this process stands among others is no part of the run, whose states any number may go on with.
+        self.config = dataclasses.replace(config, hosts=HostsConfig())
+        self.framework, self.make_trainer = framework, make_trainer
+        self.interruption, self.alone, self.peers = interruption, alone, peers
+        self.several = peers.count > 1
         self.folder = Path(config.out)
-        self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}"
+        self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
         self.position, self.best = 0, math.inf
         self.rollbacks: tuple[Rollback, ...] = ()
         self.begun = False
@@ -167,39 +186,134 @@ class _Run:
 
     def run(self) -> None:
         """All of it."""
-        interruption, folder = self.interruption, self.folder
+        interruption, folder, chief = self.interruption, self.folder, self.peers.is_chief
         interruption.where, interruption.remedy = "while reading the text", self._again()
-        with interruption.at_once():
-            self.dataset = self._read(self._hold() if self.config.resume else None)
-            interruption.where = "before going on" if self.config.resume else "before the first update"
-            self.trainer = self._go_on() if self.config.resume else self._begin()
-            baselines = ngram_baselines(self.dataset)
-        about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
-        about |= {"resume_at": self.position} if self.state else {"again": self.begun}
-        with self._last_word(), RunLog(folder, self.config, **about) as self.log, Saver() as self.saver:
-            self.log.header(describe(self.config, self.trainer.environment))
-            self.log.header(_describe_data(self.config, self.dataset))
-            self.log.header([f"disk       {disk_need(self.config)}"])
-            if self.state is not None:
-                self.log.header(self._describe_resumed(self.state))
-                self._log_lost_rollback()
-            else:
-                self.log.log_baselines(baselines, self.dataset.bytes_per_token)
+        if self.several:
+            interruption.doing = f"at most {self.config.log_every} more updates"
+            self.peers.expect(self._last_words)
+        with interruption.at_once(), self._unless_lost():
+            with self._together():
+                self._compare("configuration", lambda: json.dumps(_flat(self.config)))
+            with self._together():
+                self.dataset = self._read(self._newest() if self.config.resume else None)
+            with self._together():
+                self._compare("text", lambda: self.dataset.fingerprint)
+            with self._together():
+                interruption.where = "before going on" if self.config.resume else "before the first update"
+                self.trainer = self._go_on() if self.config.resume else self._begin()
+                baselines = ngram_baselines(self.dataset) if chief else {}
+            with self._together():
+                log = self._open_log()
+        with self._last_word(), log as self.log, Saver() as self.saver, self._unless_lost():
+            if chief:
+                self._introduce(baselines)
             while reason := self._optimize():
                 self._roll_back(reason)
             self.saver.wait()
             interruption.where = "after the last update"
-            if interruption.signal is not None:
-                interruption.leave()
+            if self._stopping():
+                self._leave()
             if not math.isfinite(self.best):
                 self._fail("no validation loss was finite")
             with interruption.at_once():
                 self.log.header(self._samples())
                 picture = folder / "loss.png"
-                plot_runs([folder], picture, baselines=baselines)
-        print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
-        kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
-        print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
+                if chief:
+                    plot_runs([folder], picture, baselines=baselines)
+                self.peers.part()
+        if chief:
+            print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
+            kept = [str(folder / name) for name in ("best", "last", SHARDED) if (folder / name).exists()]
+            print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
+
+    def _open_log(self) -> RunLog | SilentLog:
+        """The chief's log, whose records the others read with it."""
+        at = self.position if self.state else None
+        if not self.peers.is_chief:
+            return SilentLog(self.folder, at)
+        about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
+        return RunLog(self.folder, self.config, **about, resume_at=at, again=self.begun and at is None)
+
+    def _introduce(self, baselines: dict[str, float]) -> None:
+        """The lines that a run begins or goes on with."""
+        log = self.log
+        log.header(describe(self.config, self.trainer.environment))
+        log.header(_describe_data(self.config, self.dataset))
+        log.header([f"disk       {disk_need(self.config)}"])
+        if self.state is not None:
+            log.header(self._describe_resumed(self.state))
+            self._log_lost_rollback()
+        else:
+            log.log_baselines(baselines, self.dataset.bytes_per_token)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """A stretch at whose end the processes meet, also those that it failed in: all of them go on, or all leave."""
+        try:
+            yield
+        except Exception as error:
+            if self.peers.lost(error) is None:
+                self.peers.agree(exit_code(error))
+                self.peers.part()
+            raise
+        if code := self.peers.agree(0):
+            self.peers.part()
+            print("stopped: another process of this run refused to go on, and says why", file=sys.stderr)
+            raise SystemExit(code)
+
+    @contextlib.contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """End the process at once if what it does breaks off because another process is lost."""
+        try:
+            yield
+        except Exception as error:
+            reason = self.peers.lost(error)
+            if reason is not None:
+                end_at_once(*self._last_words(reason))
+            raise
+
+    def _last_words(self, reason: str) -> tuple[int, str]:
+        """Exit code and line of a process that lost another one, or that a signal had told to stop before."""
+        me, interruption = f"process {self.peers.index} of {self.peers.count}", self.interruption
+        remedy = self._go_on_with() if self.config.resume or state_folders(self.folder) else self._again()
+        if interruption.signal is not None:
+            name, code = signal.Signals(interruption.signal).name, 128 + interruption.signal
+            return code, f"{me}: stopped by {name} {interruption.where}; {remedy}"
+        return LOST, f"{me}: lost a peer {interruption.where} ({reason}); {remedy}"
+
+    def _compare(self, what: str, value: Callable[[], str]) -> None:
+        """Raise UserError in a process that has another one of this than the chief."""
+        if self.several:
+            mine = value()
+            chiefs = self.peers.tell(mine)
+            said = ""
+            if mine != chiefs and what == "configuration":
+                old, new = json.loads(chiefs), json.loads(mine)
+                differing = [name for name in new if old.get(name) != new[name]]
+                said = f": {some(f'{name}={new[name]} and not {old.get(name)}' for name in differing)}"
+            require(
+                mine == chiefs,
+                f"process {self.peers.index} has another {what} than process 0{said}; start all processes of a run "
+                "with the same flags, on the same text.",
+            )
+
+    def _stopping(self) -> bool:
+        """Whether a signal has come, to any process: all ask at the same moments."""
+        number = self.peers.agree(self.interruption.signal or 0)
+        if number:
+            self.interruption.take_over(number)
+        return number != 0
+
+    def _leave(self) -> NoReturn:
+        """End the run as a signal asked, in all processes; the chief says how to go on."""
+        self.peers.part()
+        if self.peers.is_chief:
+            self.interruption.leave()
+        raise SystemExit(128 + (self.interruption.signal or 0))
+
+    def _newest(self) -> tuple[Path, TrainingState]:
+        """The state to go on from, and where it lies; the chief holds the folder."""
+        return self._hold() if self.peers.is_chief else find_state(self.folder, self._load)
 
     @contextlib.contextmanager
     def _last_word(self) -> Iterator[None]:
@@ -213,7 +327,7 @@ class _Run:
 
     def _go_on_with(self) -> str:
         """How to go on with a run that has a state."""
-        return f"go on with: {self.resume_command}"
+        return f"go on with: {self.resume_command}{', and the other processes likewise' if self.several else ''}"
 
     def _again(self) -> str:
         """How to go on with a run that has saved nothing yet."""
@@ -221,9 +335,9 @@ class _Run:
 
     def _hold(self) -> tuple[Path, TrainingState]:
         """Hold the folder to go on in; its newest state, and where that lies."""
-        find_state(self.folder, load_state)
+        find_state(self.folder, self._load)
         self.alone.enter_context(_alone(self.folder))
-        chosen, state = find_state(self.folder, load_state)
+        chosen, state = find_state(self.folder, self._load)
         complete = state.position == self.config.steps and finished(self.folder, self.config)
         require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
         return chosen, state
@@ -234,14 +348,15 @@ class _Run:
         if newest is not None:
             dataset = text_again(config, *newest)
         else:
-            check_place(config)
-            if folder.is_dir():
-                with _alone(folder):
-                    pass  # Whoever trains there is to be met before the text is read.
-            dataset = prepare(config.data, seed=config.seed, show_progress=True)
+            if self.peers.is_chief:
+                check_place(config)
+                if folder.is_dir():
+                    with _alone(folder):
+                        pass  # Whoever trains there is to be met before the text is read.
+            dataset = prepare(config.data, seed=config.seed, show_progress=self.peers.is_chief)
             if not config.init:
                 self.config = config = fit_vocabulary(config, dataset.tokenizer.vocab_size)
-            self.begun = is_begun(folder)
+            self.begun = self.peers.is_chief and is_begun(folder)
             if self.begun:
                 check_begun(config)
         require(
@@ -261,6 +376,8 @@ class _Run:
         if config.init:
             check_finite(config, weights)
         trainer = self.make_trainer(config, weights)
+        if not self.peers.is_chief:
+            return trainer
         make_folder(self.folder)
         self.alone.enter_context(_alone(self.folder))
         if self.begun:
@@ -276,13 +393,29 @@ class _Run:
 
     def _go_on(self) -> Trainer:
         """A trainer on the newest sound state, and best/ looked at."""
-        trainer, self.state = newest_sound(self.config, self._restore)
-        keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
+        trainer, self.state = newest_sound(self.config, self._load, self._restore, peers=self.peers)
+        if self.peers.is_chief:
+            keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
         self.position, self.best, self.rollbacks = self.state.position, self.state.best, self.state.rollbacks
         self.interruption.where = f"after step {self.position}"
         if math.isfinite(self.best):
-            self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
+            best = mend_best(self.config, self.state, self.dataset.tokenizer) if self.peers.is_chief else self.best
+            self.best = float(self.peers.tell(repr(best)))
         return trainer
+
+    def _load(self, folder: Path) -> TrainingState:
+        """The state in a folder; UserError if it is sharded and this framework does not read that."""
+        state = load_state(folder)
+        if state.arrays is None:
+            return state
+        read = getattr(self.make_trainer, "read_sharded", None)
+        if read is None:
+            raise NotGathered(
+                f"--resume {self.folder}: its newest state, after step {state.position}, is a mesh's, divided over "
+                f"devices; run python -m jax_impl.gather {shlex.quote(str(self.folder))} once, then this again."
+            )
+        weights, slots = read(state.arrays, state.config)
+        return dataclasses.replace(state, weights=weights, slots=slots)
 
     def _restore(self, state: TrainingState, rollbacks: Sequence[Rollback] | None = None) -> Trainer:
         """A trainer where the state left one, at the rates of these rollbacks or of the state's."""
@@ -315,16 +448,18 @@ class _Run:
         elif self._evaluation_due(self.position) and self._evaluate_again():
             self._save(best=True, state=True)
         pending, since, overdue = [], time.perf_counter(), False
-        for step in _traced(range(first, config.steps + 1), config, self.trainer):
+        steps = range(first, config.steps + 1)
+        for step in _traced(steps, config, self.trainer) if self.peers.is_chief else steps:
             # Until the first update is done, which is compiled before, nothing is lost by leaving.
             with interruption.at_once() if step == first else contextlib.nullcontext():
                 pending.append((step, self.trainer.step(*self._batch(step))))
             self.saver.look()
-            stopping, last = interruption.signal is not None, step == config.steps
+            stopping, last = not self.several and interruption.signal is not None, step == config.steps
             evaluating = self._evaluation_due(step)
             overdue = overdue or step % config.save_every == 0
-            # Reading a result waits for the device, so several updates are read at once where they are fast.
-            due = time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
+            # Reading a result waits for the device, so several updates are read at once where they are fast. No clock
+            # decides what several processes do together: they stop where one of them reads.
+            due = not self.several and time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
             if not (evaluating or overdue or stopping or due or step == first or step % config.log_every == 0):
                 continue
             reason = self._record(pending, time.perf_counter() - since)
@@ -333,7 +468,7 @@ class _Run:
             if reason is not None:
                 return reason
             better = evaluating and self._evaluate(step)
-            stopping = stopping or interruption.signal is not None
+            stopping = self._stopping() or stopping
             # A state is not given up for one that may have gone wrong, unless it is the last that can be written.
             saving = stopping or last or (overdue and watch.since is None)
             if better or saving:
@@ -341,7 +476,7 @@ class _Run:
                 overdue = overdue and not saving
             if stopping and not last:
                 self.saver.wait()
-                interruption.leave()
+                self._leave()
             since = time.perf_counter()
         return None
 
@@ -364,10 +499,11 @@ class _Run:
         """
         config, watch = self.config, self.watch
         self.saver.wait()
+        self.peers.wait("for the last state")
         began = watch.since or watch.step
         diagnosis: Diagnosis | str
         try:
-            diagnosis = self.trainer.diagnose(*self._batch(began), position=began - 1)
+            diagnosis = self.trainer.diagnose(*self._whole_batch(began), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
         # The loss of update `began` is that of the weights before it, so the state in between may be bad itself.
@@ -375,17 +511,18 @@ class _Run:
         good = last_good(self.folder, before=before)
         if good is None:
             before, good = began, last_good(self.folder, before=began)
-        file = save_evidence(
-            rolled_back(config, self.rollbacks),
-            watch,
-            reason,
-            diagnosis,
-            updates=self.trainer.counts()[0],
-            last_good=None if good is None else (str(good[0]), good[1]),
-            rollbacks=self.rollbacks,
-            about=self.log.about,
-        )
-        self.log.header([summary(watch, reason, diagnosis, file, rollbacks=self.rollbacks)])
+        if self.peers.is_chief:
+            file = save_evidence(
+                rolled_back(config, self.rollbacks),
+                watch,
+                reason,
+                diagnosis,
+                updates=self.trainer.counts()[0],
+                last_good=None if good is None else (str(good[0]), good[1]),
+                rollbacks=self.rollbacks,
+                about=self.log.about,
+            )
+            self.log.header([summary(watch, reason, diagnosis, file, rollbacks=self.rollbacks)])
 
         def again(to: int | None) -> Rollback | None:
             return next_rollback(config, self.rollbacks, step=watch.step, to=to, reason=reason)
@@ -395,14 +532,20 @@ class _Run:
             self._fail(reason)
         del self.trainer  # Its memory is the next one's.
         slower = (*self.rollbacks, rollback)
-        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=before)
+        self.trainer, state = newest_sound(
+            config, self._load, lambda state: self._restore(state, slower), before=before, peers=self.peers
+        )
         rollback = again(state.position)  # A state that was good by its headers may have been damaged.
         assert rollback is not None, "the answer does not depend on the state"
         self.rollbacks, self.position = (*self.rollbacks, rollback), state.position
         self.interruption.where = f"after step {self.position}"
         self._save(best=False, state=True)
         self.saver.wait()
+        if not self.peers.is_chief:
+            self.peers.wait("for the log")
         self.log.rollback(state.position, _recorded(rollback))
+        if self.peers.is_chief:
+            self.peers.wait("for the log")
         rates = rolled_back(config, self.rollbacks)
         said = f"rolled back to step {state.position}; update {state.position + 1} reads batch "
         said += (
@@ -420,8 +563,17 @@ class _Run:
                 self.log.rollback(self.position, values)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an update."""
+        """Inputs and targets of an update, as far as this process needs them."""
+        return self._rows(self._whole_batch(step))
+
+    def _whole_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config))
+
+    def _rows(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Of each micro-batch the rows that this process's devices hold."""
+        rows = getattr(self.trainer, "rows_of_batch", slice(None))
+        inputs_ABT, targets_ABT = batch
+        return inputs_ABT[:, rows], targets_ABT[:, rows]
 
     def _evaluation_due(self, step: int) -> bool:
         return step == self.config.steps or step % self.config.eval_every == 0
@@ -429,7 +581,7 @@ class _Run:
     def _until_stopped(self, batches: Iterable) -> Iterator:
         """The batches of an evaluation, which a signal breaks off: the run that goes on makes it again."""
         for batch in batches:
-            if self.interruption.signal is not None:
+            if self._stopping():
                 raise _Stopping
             yield batch
 
@@ -473,20 +625,33 @@ class _Run:
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
         snapshot = snapshot_of(self.trainer)
+        if snapshot.shards is None and not self.peers.is_chief:
+            return  # What all hold whole, the chief writes.
+
+        def keep_best(weights: Mapping[str, np.ndarray]) -> None:
+            about = {"step": step, "validation_loss": lowest}
+            save_folder(folder / "best", config.model, weights, tokenizer, about=about)
 
         def write() -> None:
             check_room(config, best=best, state=state)
             log.sync()
-            if best:
-                about = {"step": step, "validation_loss": lowest}
-                save_folder(folder / "best", config.model, snapshot.weights, tokenizer, about=about)
-            if state:
-                values = TrainingState(
-                    kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            values = TrainingState(
+                kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            )
+            if snapshot.shards is not None and state:
+                save_sharded(
+                    folder, values, snapshot.shards, tokenizer, log.about, save_best=keep_best if best else None
                 )
-                aside = place_of_last(folder, values.position, config.keep)
-                save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
-                keep_newest(folder, config.keep)
+            elif snapshot.shards is not None:
+                save_gathered(folder, snapshot.weights, snapshot.shards, keep_best)
+            else:
+                if best:
+                    keep_best(snapshot.weights)
+                if state:
+                    aside = place_of_last(folder, values.position, config.keep)
+                    save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
+                    keep_newest(folder, config.keep)
+            if state:
                 self.interruption.remedy = self._go_on_with()
 
         first = state and not state_folders(folder)
@@ -496,7 +661,10 @@ class _Run:
 
     def _fail(self, reason: str) -> NoReturn:
         """One line on stderr and exit code 1: why, what the folder keeps, how to go on."""
-        kept = [f"{name}/" for name in ("best", "last") if (self.folder / name).is_dir()]
+        self.peers.part()
+        if not self.peers.is_chief:
+            raise SystemExit(1)
+        kept = [f"{name}/" for name in ("best", "last", SHARDED) if (self.folder / name).is_dir()]
         remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
         if state_folders(self.folder) and len(self.rollbacks) < self.config.max_rollbacks:
             remedy += f"; or go back and on with: {self.resume_command} --on_divergence rollback"
@@ -522,8 +690,29 @@ class _Run:
                 texts.append(f"{prompt} [{error}]")
                 continue
             texts.append(tokenizer.decode([*tokens, *new]))
-        write_whole(self.folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+        if self.peers.is_chief:
+            write_whole(self.folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
         return ["", *"\n---\n".join(texts).splitlines(), ""]
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Every field by its flag's name."""
+    values = to_dict(config).items()
+    parts = [{f"{part}.{name}": x for name, x in of.items()} for part, of in values if isinstance(of, dict)]
+    return {name: value for name, value in values if not isinstance(value, dict)} | {
+        name: value for part in parts for name, value in part.items()
+    }
+
+
+def _flags(hosts: HostsConfig) -> str:
+    """The flags with which a process takes its place among the others again."""
+    flags = {f"--hosts.{name}": value for name, value in dataclasses.asdict(hosts).items()}
+    defaults = dataclasses.asdict(HostsConfig())
+    return "".join(
+        f" {flag} {shlex.quote(str(value))}"
+        for flag, value in flags.items()
+        if value != defaults[flag.removeprefix("--hosts.")]
+    )
 
 
 def _recorded(rollback: Rollback) -> dict[str, Any]:
@@ -544,7 +733,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _batch_shape(config: RunConfig) -> dict[str, int]:
+def _batch_shape(config: RunConfig) -> dict[str, Any]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from harness.records import cut_log, is_finite, read_record
+from harness.records import cut_log, is_finite, read_record, readable_records
 from harness.surroundings import surroundings
 from recipe.config import RunConfig, UserError, require, to_dict
 from recipe.durable import make_folder, sync, write_whole
@@ -229,6 +229,45 @@ class RunLog:
             print(line, flush=True)
         else:
             self._bar.write(line)  # moves the bar out of the way
+
+
+class SilentLog:
+    """The log of a process that is not the chief of its run: it has the records, and writes and prints nothing."""
+
+    about: Mapping[str, Any] = {}
+
+    def __init__(self, folder: str | Path, resume_at: int | None = None) -> None:
+        """With `resume_at` go on with the records up to that step, which the chief's log keeps."""
+        self.folder = Path(folder)
+        self.records = [] if resume_at is None else self._up_to(resume_at)
+
+    def _up_to(self, step: int) -> list[dict[str, Any]]:
+        return [record for record in readable_records(self.folder) if record["step"] <= step]
+
+    def rollback(self, step: int, values: Mapping[str, Any]) -> None:
+        """Go back to a step, once the chief's log has."""
+        self.records = self._up_to(step)
+
+    def sync(self) -> None:
+        pass
+
+    def header(self, lines: list[str]) -> None:
+        pass
+
+    def log_baselines(self, nats: dict[str, float], bytes_per_token: float) -> None:
+        pass
+
+    def log_step(self, **values: float) -> None:
+        pass
+
+    def log_validation(self, **values: float) -> None:
+        pass
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class EventFile:

@@ -125,13 +125,20 @@ def first_row(rows_here: int) -> jax.Array | int:
     return index(ROWS) * rows_here
 
 
+def head_offsets(B: int, N: int) -> tuple[jax.Array | int, int]:
+    """Number row * heads + head, in the whole micro-batch, of the first head of the first row that is here, of B rows
+    with N heads each; and how many heads of each row are not here."""
+    layout = here()
+    heads = N * layout.ways((IN_USE["heads"],)) if layout and layout.is_split("heads") else N
+    return first_row(B) * heads + first("heads", N), heads - N
+
+
 def head_numbers(B: int, N: int) -> jax.Array:
     """The number row * heads + head, in the whole micro-batch, of each head of each row that is here, (B * N,)."""
+    begin, skipped = head_offsets(B, N)
     if here() is None:
         return jnp.arange(B * N)
-    heads = N * (here().ways((IN_USE["heads"],)) if is_split("heads") else 1)  # type: ignore[union-attr]
-    rows_B, heads_N = first_row(B) + jnp.arange(B), first("heads", N) + jnp.arange(N)
-    return (rows_B[:, None] * heads + heads_N).reshape(-1)
+    return (begin + (N + skipped) * jnp.arange(B)[:, None] + jnp.arange(N)).reshape(-1)
 
 
 @jax.tree_util.register_dataclass

@@ -174,6 +174,26 @@ def placed(mesh: Mesh | None, *batches: np.ndarray) -> tuple[Any, ...]:
     return tuple(place(batch, NamedSharding(mesh, spec)) for batch in batches)
 
 
+def placed_rows(mesh: Mesh | None, count: int, *batches: np.ndarray) -> tuple[Any, ...]:
+    """Tokens (A, B, T) of an update on the mesh, of whose B = `count` rows each process has those of `local_rows`."""
+    if mesh is None:
+        return batches
+    rows = tuple(name for name in ROWS if mesh.shape[name] > 1)
+    sharding = NamedSharding(mesh, PartitionSpec(None, _squeezed(rows)) if rows else PartitionSpec())
+    first = local_rows(mesh, count).start
+
+    def on_mesh(batch_ABT: np.ndarray) -> jax.Array:
+        def of_device(index):
+            micro_batches, rows, positions = index
+            start, stop, _ = rows.indices(count)
+            return batch_ABT[micro_batches, start - first : stop - first, positions]
+
+        A, _, T = batch_ABT.shape
+        return jax.make_array_from_callback((A, count, T), sharding, of_device)
+
+    return tuple(map(on_mesh, batches))
+
+
 def local_rows(mesh: Mesh, count: int) -> slice:
     """Which of so many rows this process's devices hold."""
     spec = PartitionSpec(ROWS)

@@ -21,7 +21,7 @@ from parity_tests.cases import random_weights
 from parity_tests.compare.tolerance import check, relative_error
 from parity_tests.sides import TorchModel, TorchTraining
 from parity_tests.test_training import PROBE, ROUNDINGS, SAFETY
-from parity_tests.updates_on_meshes import CASES, ROWS, UPDATES, batches, config_of
+from parity_tests.updates_on_meshes import CASES, LENGTH, ROWS, UPDATES, batches, config_of
 from recipe.config import RunConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.mesh import MeshShape, parse_mesh
@@ -29,7 +29,7 @@ from recipe.params import param_specs
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ["data, fsdp", "all", "other"]
+ALWAYS = ["all", "other"]
 NIGHTLY = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in ALWAYS]
 ON_EVERY_MESH = [*ALWAYS, *NIGHTLY]
 IN_FLOAT64 = [case for case in ON_EVERY_MESH if case in ALWAYS or CASES[case.values[0]][3].params == "float64"]
@@ -185,31 +185,30 @@ def zeros(config: RunConfig) -> dict[str, np.ndarray]:
     return {name: np.zeros(spec.shape) for name, spec in param_specs(config.model).items()}
 
 
-def test_by_layer_weights_are_gathered_again_in_the_backward_pass():
+@pytest.mark.parametrize(("case", "bits"), [("by-layer", "uint64"), ("half", "uint16")])
+def test_weights_travel_narrow_and_by_layer_again_in_the_backward_pass(case, bits):
     """In the program before XLA merges what is the same on a CPU: as often as the formula says, per micro-batch."""
-    config = config_of("by layer")
-    layout, mesh = sharding.layout_of(config), jax.sharding.AbstractMesh((1, 4, 2), MeshShape._fields)
-    assert layout is not None
-    with jax.enable_x64(True):
+    config = config_of(case)
+    layout, shape = sharding.layout_of(config), parse_mesh(config.mesh)
+    assert layout is not None and shape is not None
+    mesh = jax.sharding.AbstractMesh(tuple(shape), MeshShape._fields)
+    with jax.enable_x64(config.precision.params == "float64"):
         shapes = jax.eval_shape(lambda: train.init_state(dataclasses.replace(config, mesh=""), zeros(config)))
         lies = sharding.state_shardings(layout, mesh, shapes)
         state = jax.tree.map(lambda x, lie: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie), shapes, lies)
-        tokens = jax.ShapeDtypeStruct((2, ROWS, 41), np.int32)
+        tokens = jax.ShapeDtypeStruct((2, ROWS, LENGTH), np.int32)
         jaxpr = train.make_train_step(config, mesh).__wrapped__.trace(state, tokens, tokens).jaxpr.jaxpr
-    times = [one.times for one in sent(config) if one.part == "weights"]
-    assert sum(times) == config.accumulation * gathered_as_bits(jaxpr)
+    times = sum(one.times for one in sent(config) if one.part == "weights")
+    assert times == gathered_as_bits(jaxpr, bits) * (config.accumulation if config.gather == "layer" else 1)
 
 
-def gathered_as_bits(jaxpr) -> int:
+def gathered_as_bits(jaxpr, bits: str) -> int:
     """Gathers of copies in a traced program; those of the parameters themselves are read by nobody."""
     count = 0
     for eqn in jaxpr.eqns:
-        count += eqn.primitive.name == "all_gather" and eqn.invars[0].aval.dtype == np.uint64
-        inner = [
-            value for values in eqn.params.values() for value in (values if isinstance(values, tuple) else [values])
-        ]
-        inner = [getattr(value, "jaxpr", value) for value in inner]
-        count += sum(gathered_as_bits(value) for value in inner if hasattr(value, "eqns"))
+        count += eqn.primitive.name == "all_gather" and eqn.invars[0].aval.dtype == bits
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(eqn.params.values()))]
+        count += sum(gathered_as_bits(leaf, bits) for leaf in inner if hasattr(leaf, "eqns"))
     return count
 
 

@@ -46,10 +46,10 @@ REMAT = dataclasses.replace(FLOAT64, remat=True)
 CASES: dict[str, tuple[str, str, str, PrecisionConfig]] = {
     "data": ("divides", "data=8", "update", FLOAT64),
     "fsdp": ("divides", "fsdp=8", "update", FLOAT64),
-    "data, fsdp": ("divides", "data=2,fsdp=4", "update", FLOAT64),
+    "data-fsdp": ("divides", "data=2,fsdp=4", "update", FLOAT64),
     "tensor": ("divides", "tensor=8", "update", FLOAT64),
     "all": ("divides", "data=2,fsdp=2,tensor=2", "update", FLOAT64),
-    "by layer": ("divides", "fsdp=4,tensor=2", "layer", FLOAT64),
+    "by-layer": ("divides", "fsdp=4,tensor=2", "layer", FLOAT64),
     "other": ("other", "data=2,fsdp=2,tensor=2", "layer", REMAT),
     "uneven": ("uneven", "data=2,fsdp=2,tensor=2", "update", FLOAT64),
     "half": ("divides", "fsdp=4,tensor=2", "update", dataclasses.replace(FLOAT32, compute="bfloat16")),

@@ -12,7 +12,7 @@ import pytest
 from harness.commands.train import FREE_ON_RESUME, parse_run_config
 from harness.manifest import seal
 from harness.state import SLOTS, load_state, state_folders
-from recipe.config import RunConfig
+from recipe.config import HostsConfig, RunConfig
 from recipe.reading import read_json
 from tests.test_loop import Killed, config, elsewhere, kill_at, no_picture, records, resumed, train  # noqa: F401
 
@@ -31,9 +31,14 @@ OTHER = {
     "on_divergence": "rollback",
     "max_rollbacks": 7,
     "rollback_factor": 0.25,
+    "mesh": "data=2",
+    "gather": "layer",
     "scan_layers": True,
 }
 """Another value of each field that may differ, with which the run below does not diverge."""
+OF_JAX = ("mesh", "gather")
+HOSTS = HostsConfig("10.0.0.1:1234", 2, 0, 7)
+"""Where a process stands among others, which is no part of the run."""
 
 
 def assert_same_state(a: Path, b: Path) -> None:
@@ -87,7 +92,7 @@ def said_to_differ(out: str) -> list[str]:
 
 
 def test_every_field_that_may_differ_is_tried():
-    assert OTHER.keys() == set(FREE_ON_RESUME)
+    assert OTHER.keys() | {f"hosts.{name}" for name in dataclasses.asdict(HOSTS)} == set(FREE_ON_RESUME)
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -96,7 +101,7 @@ def test_a_field_that_may_differ_moves_no_weight(name, killed, whole, tmp_path, 
     value = OTHER[name]
     text = json.dumps(value) if isinstance(value, tuple) else str(value)
     flags = [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}", text]
-    run = parse_run_config(["--resume", killed.out, *flags], framework="torch")
+    run = parse_run_config(["--resume", killed.out, *flags], framework="jax" if name in OF_JAX else "torch")
     assert run == changed(resumed(killed), name, value), "the command line takes it"
     capsys.readouterr()
     train(run)
@@ -108,6 +113,18 @@ def test_a_field_that_may_differ_moves_no_weight(name, killed, whole, tmp_path, 
     steps = [record["step"] for record in records(killed.out) if record["kind"] == "train"]
     assert steps == list(range(1, killed.steps + 1))
     assert _value(load_state(Path(killed.out) / "last").config, name) == value, "the next one to go on has it"
+
+
+def test_a_process_has_another_place_and_the_run_knows_nothing_of_it(killed, whole, capsys):
+    flags = [word for name, value in dataclasses.asdict(HOSTS).items() for word in (f"--hosts.{name}", str(value))]
+    run = parse_run_config(["--resume", killed.out, "--mesh", "data=2", *flags], framework="jax")
+    assert run.hosts == HOSTS
+    capsys.readouterr()
+    train(run)
+    (line,) = said_to_differ(capsys.readouterr().out)
+    assert line.endswith("changed    mesh '' -> data=2")
+    assert_same_state(Path(killed.out), whole)
+    assert load_state(Path(killed.out) / "last").config.hosts == HostsConfig()
 
 
 def _value(config: RunConfig, name: str):  # noqa: F811

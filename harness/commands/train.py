@@ -10,7 +10,7 @@ from harness.cli import last_value, leaves, parse, run
 from harness.folders import load_config
 from harness.preflight import begun_with, is_begun, is_taken
 from harness.state import find_state, read_run, state_folders
-from recipe.config import RunConfig, UserError, require
+from recipe.config import HostsConfig, RunConfig, UserError, require
 from recipe.lock import locked
 from recipe.presets import PRESETS, get_preset
 from recipe.reading import short
@@ -39,7 +39,7 @@ def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> 
     """
     resumed, init = last_value(argv, "--resume"), last_value(argv, "--init")
     if resumed:
-        default, source = _resumed_config(resumed), f"of the run in {resumed}"
+        default, source = _resumed_config(resumed, framework), f"of the run in {resumed}"
     else:
         default = get_preset(last_value(argv, "--preset") or "tiny")
         source = f"those of --preset {default.preset}"
@@ -53,15 +53,34 @@ def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> 
         description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
         f"The defaults below are {source}.",
     )
+    _check_devices(config, argv, framework)
     if resumed:
         _check_same_run(config, default)
         return config
     return dataclasses.replace(config, out=str(_run_folder(config, framework)))
 
 
-def _resumed_config(run: str) -> RunConfig:
-    """The configuration of the run to go on with, as this folder's."""
-    return dataclasses.replace(find_state(Path(run), read_run)[1][1], out=run, resume=run)
+def _check_devices(config: RunConfig, argv: Sequence[str], framework: str) -> None:
+    """Raise `UserError` for a mesh or processes that the framework does not have, or that do not go together."""
+    hosts = config.hosts != HostsConfig()
+    given = next((flag for flag in argv if flag.startswith("--hosts")), "--mesh").partition("=")[0]
+    require(
+        framework == "jax" or not (config.mesh or hosts),
+        f"{given} is JAX's; PyTorch trains on one device here: leave it out, or run train_jax.py.",
+    )
+    require(
+        not hosts or bool(config.mesh),
+        f"{given} needs --mesh, which says how the devices of all processes share the work; add e.g. --mesh data=2.",
+    )
+
+
+def _resumed_config(run: str, framework: str) -> RunConfig:
+    """The configuration of the run to go on with, as this folder's; which processes and devices had it is the past."""
+    config = find_state(Path(run), read_run)[1][1]
+    if framework != "jax" and config.mesh:
+        print(f"note: the run had the devices {config.mesh}; it goes on with one", file=sys.stderr)
+        config = dataclasses.replace(config, mesh="")
+    return dataclasses.replace(config, out=run, resume=run, hosts=HostsConfig())
 
 
 def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
@@ -131,6 +150,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
         if not held:
             return not any(path.iterdir())
     try:
-        return not is_begun(path) or not begun_with(path, config, but=["model.vocab_size"])
+        begun = dataclasses.replace(config, hosts=HostsConfig())  # of which a run's files know nothing
+        return not is_begun(path) or not begun_with(path, begun, but=["model.vocab_size"])
     except UserError:  # a run.json that cannot be read is not this run's
         return False
