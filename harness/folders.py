@@ -203,6 +203,11 @@ def replacing(folder: Path, keep_as: Path | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch)
         raise
+    put_in_place(scratch, folder, keep_as)
+
+
+def put_in_place(scratch: Path, folder: Path, keep_as: Path | None = None) -> None:
+    """Give what is on disk already its name beside it; the predecessor goes to `keep_as` or, after that, away."""
     aside = keep_as or set_aside(folder)
     if folder.exists():
         # Whoever is killed between the two renames finds the predecessor where it was set aside.

@@ -47,7 +47,10 @@ from harness.records import lacks_validation
 from harness.resuming import last_good, mend_best, newest_sound, text_again
 from harness.runlog import RunLog, SilentLog, check_tensorboard
 from harness.saving import Saver, Snapshot, snapshot_of
+from harness.sharded import save_gathered, save_sharded
 from harness.state import (
+    SHARDED,
+    NotGathered,
     TrainingState,
     clear_scratch,
     find_state,
@@ -117,12 +120,12 @@ def describe(config: RunConfig, environment: Mapping) -> list[str]:
     lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
     lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
     lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    shown = {
-        name: value for name, value in environment.items() if name not in ("machine", "attention", "why_not_fused")
-    }
+    elsewhere = ("machine", "attention", "why_not_fused", "not_divided")
+    shown = {name: value for name, value in environment.items() if name not in elsewhere}
     lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     if config.precision.attention == "fused" and environment.get("attention") == "explicit":
         lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
+    lines += [f"mesh       {note}" for note in environment.get("not_divided", [])]
     lines.append(f"folder     {config.out}")
     return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
 
@@ -201,8 +204,7 @@ class _Run:
                 baselines = ngram_baselines(self.dataset) if chief else {}
             with self._together():
                 log = self._open_log()
-        saver = Saver() if chief else _Idle()
-        with self._last_word(), log as self.log, saver as self.saver, self._unless_lost():
+        with self._last_word(), log as self.log, Saver() as self.saver, self._unless_lost():
             if chief:
                 self._introduce(baselines)
             while reason := self._optimize():
@@ -221,7 +223,7 @@ class _Run:
                 self.peers.part()
         if chief:
             print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
-            kept = [str(folder / name) for name in ("best", "last") if (folder / name).exists()]
+            kept = [str(folder / name) for name in ("best", "last", SHARDED) if (folder / name).exists()]
             print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
 
     def _open_log(self) -> RunLog | SilentLog:
@@ -311,7 +313,7 @@ class _Run:
 
     def _newest(self) -> tuple[Path, TrainingState]:
         """The state to go on from, and where it lies; the chief holds the folder."""
-        return self._hold() if self.peers.is_chief else find_state(self.folder, load_state)
+        return self._hold() if self.peers.is_chief else find_state(self.folder, self._load)
 
     @contextlib.contextmanager
     def _last_word(self) -> Iterator[None]:
@@ -333,9 +335,9 @@ class _Run:
 
     def _hold(self) -> tuple[Path, TrainingState]:
         """Hold the folder to go on in; its newest state, and where that lies."""
-        find_state(self.folder, load_state)
+        find_state(self.folder, self._load)
         self.alone.enter_context(_alone(self.folder))
-        chosen, state = find_state(self.folder, load_state)
+        chosen, state = find_state(self.folder, self._load)
         complete = state.position == self.config.steps and finished(self.folder, self.config)
         require(not complete, f"--resume {self.folder} is finished, all {self.config.steps} steps; begin a new run.")
         return chosen, state
@@ -391,13 +393,29 @@ class _Run:
 
     def _go_on(self) -> Trainer:
         """A trainer on the newest sound state, and best/ looked at."""
-        trainer, self.state = newest_sound(self.config, self._restore)
-        keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
+        trainer, self.state = newest_sound(self.config, self._load, self._restore, peers=self.peers)
+        if self.peers.is_chief:
+            keep_newest(self.folder, self.config.keep)  # One that was killed may have left one more.
         self.position, self.best, self.rollbacks = self.state.position, self.state.best, self.state.rollbacks
         self.interruption.where = f"after step {self.position}"
         if math.isfinite(self.best):
-            self.best = mend_best(self.config, self.state, self.dataset.tokenizer)
+            best = mend_best(self.config, self.state, self.dataset.tokenizer) if self.peers.is_chief else self.best
+            self.best = float(self.peers.tell(repr(best)))
         return trainer
+
+    def _load(self, folder: Path) -> TrainingState:
+        """The state in a folder; UserError if it is sharded and this framework does not read that."""
+        state = load_state(folder)
+        if state.arrays is None:
+            return state
+        read = getattr(self.make_trainer, "read_sharded", None)
+        if read is None:
+            raise NotGathered(
+                f"--resume {self.folder}: its newest state, after step {state.position}, is a mesh's, divided over "
+                f"devices; run python -m jax_impl.gather {shlex.quote(str(self.folder))} once, then this again."
+            )
+        weights, slots = read(state.arrays, state.config)
+        return dataclasses.replace(state, weights=weights, slots=slots)
 
     def _restore(self, state: TrainingState, rollbacks: Sequence[Rollback] | None = None) -> Trainer:
         """A trainer where the state left one, at the rates of these rollbacks or of the state's."""
@@ -514,7 +532,9 @@ class _Run:
             self._fail(reason)
         del self.trainer  # Its memory is the next one's.
         slower = (*self.rollbacks, rollback)
-        self.trainer, state = newest_sound(config, lambda state: self._restore(state, slower), before=before)
+        self.trainer, state = newest_sound(
+            config, self._load, lambda state: self._restore(state, slower), before=before, peers=self.peers
+        )
         rollback = again(state.position)  # A state that was good by its headers may have been damaged.
         assert rollback is not None, "the answer does not depend on the state"
         self.rollbacks, self.position = (*self.rollbacks, rollback), state.position
@@ -605,20 +625,33 @@ class _Run:
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
         self.saver.wait()
         snapshot = snapshot_of(self.trainer)
+        if snapshot.shards is None and not self.peers.is_chief:
+            return  # What all hold whole, the chief writes.
+
+        def keep_best(weights: Mapping[str, np.ndarray]) -> None:
+            about = {"step": step, "validation_loss": lowest}
+            save_folder(folder / "best", config.model, weights, tokenizer, about=about)
 
         def write() -> None:
             check_room(config, best=best, state=state)
             log.sync()
-            if best:
-                about = {"step": step, "validation_loss": lowest}
-                save_folder(folder / "best", config.model, snapshot.weights, tokenizer, about=about)
-            if state:
-                values = TrainingState(
-                    kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            values = TrainingState(
+                kept, snapshot.weights, snapshot.slots, snapshot.updates, snapshot.skipped, lowest, text, rollbacks
+            )
+            if snapshot.shards is not None and state:
+                save_sharded(
+                    folder, values, snapshot.shards, tokenizer, log.about, save_best=keep_best if best else None
                 )
-                aside = place_of_last(folder, values.position, config.keep)
-                save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
-                keep_newest(folder, config.keep)
+            elif snapshot.shards is not None:
+                save_gathered(folder, snapshot.weights, snapshot.shards, keep_best)
+            else:
+                if best:
+                    keep_best(snapshot.weights)
+                if state:
+                    aside = place_of_last(folder, values.position, config.keep)
+                    save_state(folder / "last", values, tokenizer, log.about, keep_as=aside)
+                    keep_newest(folder, config.keep)
+            if state:
                 self.interruption.remedy = self._go_on_with()
 
         first = state and not state_folders(folder)
@@ -631,7 +664,7 @@ class _Run:
         self.peers.part()
         if not self.peers.is_chief:
             raise SystemExit(1)
-        kept = [f"{name}/" for name in ("best", "last") if (self.folder / name).is_dir()]
+        kept = [f"{name}/" for name in ("best", "last", SHARDED) if (self.folder / name).is_dir()]
         remedy = "lower --muon.learning_rate and --adamw.learning_rate, or look at the text, in a new run"
         if state_folders(self.folder) and len(self.rollbacks) < self.config.max_rollbacks:
             remedy += f"; or go back and on with: {self.resume_command} --on_divergence rollback"
@@ -660,13 +693,6 @@ class _Run:
         if self.peers.is_chief:
             write_whole(self.folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
         return ["", *"\n---\n".join(texts).splitlines(), ""]
-
-
-class _Idle(Saver):
-    """The saver of a process that is not the chief: what all hold whole, the chief writes."""
-
-    def submit(self, job: Callable[[], None]) -> None:
-        pass
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
@@ -707,7 +733,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _batch_shape(config: RunConfig) -> dict[str, int]:
+def _batch_shape(config: RunConfig) -> dict[str, Any]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
 
 

@@ -2,8 +2,8 @@
 
 A training state has the hashes in its run.json, a weights folder in a manifest.json of its own: SHA-256 of every file,
 and of a file of tensors also a CRC-32 of its header and of each tensor, so that a tensor is checked as it is read, and
-named. The JSON file that holds them carries a SHA-256 of itself. Folders without hashes, such as other people's, are
-read as they are.
+named. Of the files of a mesh's arrays the size is looked at first, and every byte before they are used. The JSON file
+that holds the hashes carries a SHA-256 of itself. Folders without hashes, such as other people's, are read as they are.
 """
 
 import hashlib
@@ -20,8 +20,10 @@ MANIFEST, RUN = "manifest.json", "run.json"
 FORMAT = 2
 """Of a state's run.json: raised when the meaning of the files changes. Those of format 1 have no hashes."""
 FILES, CHECKSUM = "files", "checksum"
-FILE = {"sha256": str, "header": str, "tensors": dict[str, str]}
-"""What is known of a file; the last two of files of tensors alone."""
+FILE = {"sha256": str, "header": str, "tensors": dict[str, str], "size": int}
+"""What is known of a file; header and tensors of files of tensors alone, size of those of sharded arrays alone."""
+ABSENT = {str: "", int: 0}
+"""What a file's fields are that are not there."""
 
 
 def seal(folder: Path, file: str, values: Mapping[str, Any], written: Mapping[str, Mapping[str, Any]]) -> None:
@@ -83,20 +85,24 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]] | None:
     files = take(values, FILES, dict[str, dict], where)
     for name, known in files.items():
         for field, hint in FILE.items():
-            take(known, field, hint, f"{where}, {short(name)}", "" if hint is str else {})
+            take(known, field, hint, f"{where}, {short(name)}", ABSENT.get(hint, {}))
     return files
 
 
-def check_files(folder: Path, *, tensors: bool = False) -> dict[str, dict[str, Any]] | None:
-    """`manifest_of` a folder, after every file but those of tensors has been hashed; of these the header, or with
-    `tensors` all. Damaged names the first file that is missing or another, and its tensors.
+def check_files(
+    folder: Path, *, tensors: bool = False, part: tuple[int, int] = (0, 1)
+) -> dict[str, dict[str, Any]] | None:
+    """`manifest_of` a folder, after every file but those of tensors has been hashed; of these the header or the size,
+    or with `tensors` all. Damaged names the first file that is missing or another, and its tensors.
+
+    `part` (i, n) leaves all but every n-th file, from the i-th on, to others.
     """
     files = manifest_of(folder)
-    for name, known in (files or {}).items():
+    for name, known in [*(files or {}).items()][part[0] :: part[1]]:
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{file} is missing. {remedy(folder)}.")
-        same = header_crc(file) == known["header"] if "tensors" in known else file_hash(file) == known["sha256"]
+        same = _looks_same(file, known)
         if not same or (tensors and file_hash(file) != known["sha256"]):
             raise Damaged(f"{file} is not what was written: {_what_differs(file, known)}. {remedy(folder)}.")
     return files
@@ -118,8 +124,17 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(as_json(values)).hexdigest()
 
 
+def _looks_same(file: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a file is as it was by its size, of those that have one, by its header, or by every byte."""
+    if "size" in known:
+        return file.stat().st_size == known["size"]
+    return header_crc(file) == known["header"] if "tensors" in known else file_hash(file) == known["sha256"]
+
+
 def _what_differs(file: Path, known: Mapping[str, Any]) -> str:
     """Why a file can be told from what was written: its format, its header, its tensors."""
+    if "size" in known and (size := file.stat().st_size) != known["size"]:
+        return f"it has {size:,} bytes of {known['size']:,}"
     if "tensors" not in known:
         return "it has another SHA-256"
     try:

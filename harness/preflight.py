@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness.manifest import RUN
-from harness.state import state_folders
+from harness.state import SHARDED, state_folders
 from harness.tensors import CODES, DTYPES
 from recipe.config import RunConfig, UserError, require, to_dict
 from recipe.params import param_counts
@@ -33,7 +33,10 @@ def is_taken(folder: Path) -> bool:
     """Whether a place holds what a new run must not touch: anything but a run that was killed before its first save."""
     if not folder.exists():
         return False
-    return not folder.is_dir() or not all(LEFT.fullmatch(path.name) for path in folder.iterdir())
+    if not folder.is_dir():
+        return True
+    left = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
+    return bool(left - {SHARDED}) or bool(left and state_folders(folder))
 
 
 def is_begun(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from harness.folders import load_folder, save_folder
 from harness.manifest import check_files
+from harness.peers import ALONE, Peers
 from harness.records import readable_records
 from harness.state import OtherVersion, TrainingState, clear_scratch, load_state, set_apart, state_folders
 from harness.tensors import Damaged
@@ -19,6 +20,7 @@ from recipe.params import check_weights
 from recipe.reading import short
 from recipe.tokenizer import Tokenizer, load_tokenizer
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -48,45 +50,64 @@ def text_again(config: RunConfig, saved_in: Path, state: TrainingState) -> Datas
 
 
 def newest_sound(
-    config: RunConfig, restore: Callable[[TrainingState], T], *, before: float = math.inf
+    config: RunConfig,
+    load: Callable[[Path], TrainingState],
+    restore: Callable[[TrainingState], T],
+    *,
+    before: float = math.inf,
+    peers: Peers = ALONE,
 ) -> tuple[T, TrainingState]:
-    """What `restore` makes of the newest state of which every byte is as it was written, and that state.
+    """What `restore` makes of the newest state, as `load` reads it, of which every byte is as it was written; and that.
 
     What was wrong with newer ones is said, and they are set apart, as are those whose position is not `before` the
-    given one. UserError, and nothing is moved, if none is sound.
+    given one. UserError, and nothing is moved, if none is sound. Of several `peers` all call this, and all take the
+    same state: what one of them cannot read, none does.
     """
     run = Path(config.out)
     wrong: dict[Path, str] = {}
     later: list[Path] = []
-    clear_scratch(run)
+    if peers.is_chief:
+        clear_scratch(run)
+    peers.wait("to look for a state")
     for folder in state_folders(run):
-        try:
-            state = load_state(folder)
-            if state.position >= before:
-                later.append(folder)
-                continue
-        except OtherVersion:
-            raise
-        except (UserError, OSError) as error:
-            wrong[folder] = short(str(error).rstrip("."), 400)
+        state, reason = _by_all(load, folder, (UserError, OSError), peers)
+        if state is None:
+            wrong[folder] = reason
             continue
-        try:
-            restored = restore(state)
-        except Damaged as error:
-            wrong[folder] = short(str(error).rstrip("."), 400)
+        if state.position >= before:
+            later.append(folder)
             continue
-        for passed in later:
+        restored, reason = _by_all(restore, state, (Damaged,), peers)
+        if restored is None:
+            wrong[folder] = reason
+            continue
+        for passed in later if peers.is_chief else ():
             set_apart(run, passed, "diverged")
-        for damaged, reason in wrong.items():
+        for damaged, reason in wrong.items() if peers.is_chief else ():
             apart = set_apart(run, damaged, "damaged")
             print(
                 f"warning: {short(str(damaged))} is no state to go on from ({reason}); it is now {short(str(apart))}, "
                 f"and the run goes on from {short(str(folder))}, after step {state.position}",
                 file=sys.stderr,
             )
+        peers.wait("for what was set apart")
         return restored, state
     reasons = "; ".join(wrong.values()) or "it has none that is early enough"
     raise UserError(f"--resume {run} holds no sound state: {reasons}.")
+
+
+def _by_all(read: Callable[[S], T], what: S, wrong: tuple[type[Exception], ...], peers: Peers) -> tuple[T | None, str]:
+    """What `read` makes of something; None and why, in every process, if it raises one of these errors in any."""
+    found, reason = None, ""
+    try:
+        found = read(what)
+    except OtherVersion:
+        raise
+    except wrong as error:
+        reason = short(str(error).rstrip("."), 400)
+    if peers.agree(bool(reason)) and not reason:
+        return None, "another process cannot read it"
+    return found, reason
 
 
 def last_good(run: Path, *, before: int) -> tuple[Path, int] | None:

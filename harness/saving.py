@@ -6,8 +6,9 @@ the device, hashed and written.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +33,24 @@ class LazyArrays(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
+class Shards(Protocol):
+    """Arrays divided over the devices of one process or several, each of which calls the same methods in order."""
+
+    index: int
+    """Of this process, from 0; that is the chief, who alone makes folders and files beside the arrays."""
+    count: int
+    """Of the processes."""
+
+    def write(self, folder: Path, *, slots: bool) -> None:
+        """Write the weights, and the slots if asked, into a folder that is made, and wait for all processes' parts."""
+
+    def read(self, folder: Path) -> tuple[LazyArrays, Mapping[str, LazyArrays]]:
+        """Weights and slots in such a folder, in torch's layout, for this process alone."""
+
+    def wait(self, moment: str) -> None:
+        """Wait until every process is at the moment of that name; never the same name twice."""
+
+
 class Snapshot(NamedTuple):
     """What a trainer held between two updates; later updates do not touch it, and any thread may read it."""
 
@@ -39,6 +58,8 @@ class Snapshot(NamedTuple):
     slots: Mapping[str, LazyArrays]
     updates: int
     skipped: int
+    shards: Shards | None = None
+    """The same arrays on a mesh, where each process writes its own; those above are then for a run of one process."""
 
 
 def snapshot_of(trainer) -> Snapshot:

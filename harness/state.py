@@ -2,7 +2,8 @@
 
 optimizer.safetensors holds mu.NAME of every matrix, exp_avg.NAME and exp_avg_sq.NAME of every other parameter, by
 Hugging Face name and in torch's layout; run.json holds the rest, and the hashes of all. Either framework goes on from
-it (docs/weights.md). A run folder has its newest state in last/ and the ones before it in earlier/POSITION/.
+it (docs/weights.md). A run folder has its newest state in last/ and the ones before it in earlier/POSITION/; a run on a
+mesh has all in states/POSITION/, whose arrays lie in arrays/ as its framework divides them (`harness/sharded.py`).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import numpy as np
 
 from harness.divergence import Rollback, read_rollbacks
 from harness.folders import load_folder, replacing, set_aside, write_weights_folder
-from harness.manifest import FORMAT, RUN, is_sealed, manifest_of, remedy, seal, with_checks
+from harness.manifest import FORMAT, RUN, check_files, is_sealed, manifest_of, remedy, seal, with_checks
 from harness.tensors import Damaged, StoredTensors, dtype_problems, read_header, write_tensors
 from recipe.config import RunConfig, UserError, from_dict, require, to_dict
 from recipe.durable import make_folder, sync
@@ -34,15 +35,25 @@ SLOTS = ("mu", "exp_avg", "exp_avg_sq")
 YOUNGER = (
     *("max_skipped", "deterministic", "keep"),
     *("divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
-    *("mesh", "gather", "hosts"),
+    *("mesh", "gather", "scan_layers", "hosts"),
 )
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 EARLIER = "earlier"
 """Folder of a run for the states before the last one."""
+SHARDED = "states"
+"""Folder of a run for the states of a mesh."""
+ARRAYS = "arrays"
+"""Folder of such a state for its weights and slots."""
+SHARDED_FIELD = "sharded"
+"""Field of run.json that is true of such a state."""
 
 
 class OtherVersion(UserError):
     """A state that is whole, but of another version of this project."""
+
+
+class NotGathered(OtherVersion):
+    """A state that is whole, but sharded, where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class TrainingState:
     """Returns to earlier states so far, which move the data and lower the rates."""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """All that run.json says, of a state that was read."""
+    arrays: Path | None = None
+    """Of a sharded state that was read, the folder of its arrays; `weights` and `slots` are empty until they are."""
 
     @property
     def position(self) -> int:
@@ -85,20 +98,24 @@ def save_state(
         written = write_weights_folder(scratch, state.config.model, state.weights, tokenizer, dtype)
         slots = _Prefixed(state.slots)
         written["optimizer.safetensors"] = write_tensors(scratch / "optimizer.safetensors", slots, slots, dtype)
-        values = {
-            "format": FORMAT,
-            "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **about,
-            "updates": state.updates,
-            "skipped": state.skipped,
-            "position": state.position,
-            "seed": state.config.seed,
-            "best_validation_loss": state.best if math.isfinite(state.best) else None,
-            "training_text": state.text,
-            "rollbacks": [dataclasses.asdict(rollback) for rollback in state.rollbacks],
-            "config": to_dict(state.config),
-        }
-        seal(scratch, RUN, values, written)
+        seal(scratch, RUN, run_values(state, about), written)
+
+
+def run_values(state: TrainingState, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says of a state that is written now."""
+    return {
+        "format": FORMAT,
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **about,
+        "updates": state.updates,
+        "skipped": state.skipped,
+        "position": state.position,
+        "seed": state.config.seed,
+        "best_validation_loss": state.best if math.isfinite(state.best) else None,
+        "training_text": state.text,
+        "rollbacks": [dataclasses.asdict(rollback) for rollback in state.rollbacks],
+        "config": to_dict(state.config),
+    }
 
 
 class _Prefixed(Mapping[str, np.ndarray]):
@@ -127,6 +144,9 @@ def load_state(folder: Path) -> TrainingState:
     file = Path(folder) / RUN
     values = _read(file)
     config, counts = _checked(file, values, lambda file, values: (_config_of(file, values), _counts_of(file, values)))
+    if take(values, SHARDED_FIELD, bool, str(file), False):
+        check_files(folder)
+        return TrainingState(config=config, weights={}, slots={}, **counts, about=values, arrays=folder / ARRAYS)
     _, weights = load_folder(folder)
     check_weights(weights, config.model)
     try:
@@ -224,11 +244,43 @@ def _read_config(values: dict, where: str) -> RunConfig:
 
 
 def state_folders(run: Path) -> list[Path]:
-    """Where a run folder may keep states, newest first: last/, what was set aside while it was replaced, earlier/."""
-    last = Path(run) / "last"
-    earlier = [path for path in (Path(run) / EARLIER).glob("[0-9]*") if path.is_dir()]
-    found = [last, set_aside(last), *sorted(earlier, key=lambda path: path.name, reverse=True)]
-    return [path for path in found if os.path.lexists(path)]
+    """Where a run folder may keep states, newest first: last/, what was set aside while it was replaced, earlier/, and
+    those of a mesh among them by their positions.
+    """
+    return [folder for _, folder in _placed(Path(run))]
+
+
+def _placed(run: Path) -> list[tuple[float, Path]]:
+    """The folders of `state_folders` with their positions; of one that is not named after it, infinite if unknown."""
+    last = run / "last"
+    earlier = sorted((path for path in (run / EARLIER).glob("[0-9]*") if path.is_dir()), reverse=True)
+    # One that was set aside while it was replaced counts if nothing took its place.
+    sharded = {path.name.strip(".").removesuffix("-old"): path for path in (run / SHARDED).glob(".[0-9]*-old")}
+    sharded |= {path.name: path for path in (run / SHARDED).glob("[0-9]*")}
+    found = [path for path in (last, set_aside(last)) if os.path.lexists(path)] + earlier
+    if not sharded:
+        return [(_named_after(path.name) if path in earlier else math.inf, path) for path in found]
+    placed = [(_named_after(path.name) if path in earlier else _position_in(path), path) for path in found]
+    placed += [(_named_after(name), path) for name, path in sharded.items() if path.is_dir()]
+    return sorted(placed, key=lambda one: -one[0])  # stable: of two of one position, last/ comes first
+
+
+def _named_after(name: str) -> float:
+    """The position that a folder is named after; of a name that is none, one before all."""
+    return float(name) if name.isdigit() else -1.0
+
+
+def _position_in(folder: Path) -> float:
+    """The position that run.json says; infinite if that cannot be read, which is to be found out first."""
+    try:
+        return take(read_json(folder / RUN), "position", int, str(folder / RUN))
+    except (UserError, OSError):
+        return math.inf
+
+
+def sharded_folder(run: Path, position: int) -> Path:
+    """Where a mesh's state of a position lies; the names sort as the positions do."""
+    return Path(run) / SHARDED / f"{position:010d}"
 
 
 def earlier_folder(run: Path, position: int) -> Path:
@@ -283,14 +335,17 @@ def place_of_last(run: Path, position: int, keep: int) -> Path | None:
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Remove all but the newest `count` states; last/ always stays."""
-    for folder in [path for path in state_folders(run)[count:] if path.parent.name == EARLIER]:
+    """Remove the states of all but the newest `count` positions; last/ stays unless a mesh's states are newer."""
+    placed = _placed(Path(run))
+    kept = list(dict.fromkeys(position for position, _ in placed))[:count]
+    for folder in [path for position, path in placed if position not in kept and not path.name.startswith(".")]:
         # A killed run must leave no half of a state under a state's name.
-        gone = folder.with_name(f".{folder.name}")
+        gone = folder.with_name(f".{folder.name}-gone")
         folder.rename(gone)
         shutil.rmtree(gone)
-    with contextlib.suppress(OSError):
-        (Path(run) / EARLIER).rmdir()  # if it is empty
+    for name in (EARLIER, SHARDED):
+        with contextlib.suppress(OSError):
+            (Path(run) / name).rmdir()  # if it is empty
 
 
 def clear_scratch(run: Path) -> None:
@@ -300,5 +355,10 @@ def clear_scratch(run: Path) -> None:
             set_aside(folder).rename(folder)
         for leftover in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(leftover)
-    for leftover in (Path(run) / EARLIER).glob(".*"):
-        shutil.rmtree(leftover)
+    for aside in (Path(run) / SHARDED).glob(".[0-9]*-old"):
+        folder = aside.with_name(aside.name.strip(".").removesuffix("-old"))
+        if not folder.exists():
+            aside.rename(folder)
+    for name in (EARLIER, SHARDED):
+        for leftover in (Path(run) / name).glob(".*"):
+            shutil.rmtree(leftover)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jax_impl import exchange
 from jax_impl.products import accumulator
 from recipe.config import UserError
 from recipe.dropout import RESOLUTION, kept_share, threshold
@@ -102,6 +103,9 @@ def flash_attention(
     `keeps_masks` says whether backward finds the masks in memory; by default `_keeps_masks` decides.
     """
     words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
+    # On a mesh the rows and heads here are a part of all.
+    first, skipped = exchange.head_offsets(q_BTNH.shape[0], q_BTNH.shape[2])
+    words = jnp.concatenate([words, jnp.stack([jnp.uint32(first), jnp.uint32(skipped)])])
     tiles, rate = tiles or tiles_of(q_BTNH.shape[-1]), 0.0 if key is None else rate
     if keeps_masks is None:
         keeps_masks = _keeps_masks(tiles, q_BTNH, k_BSKH)
@@ -125,7 +129,7 @@ def _attend_forward(settings, key, q_BTNH, k_BSKH, v_BSKH):
     out_BTNH, log_sum_BNT, *kept = pl.pallas_call(
         functools.partial(attention_forward, settings=settings),
         grid=(_tiles(T, tile.queries), N, B),
-        in_specs=[pl.BlockSpec((2,), lambda i, n, b: (0,)), of_query, of_key, of_key],
+        in_specs=[pl.BlockSpec((4,), lambda i, n, b: (0,)), of_query, of_key, of_key],
         out_specs=[of_query, of_sum, *[_of_masks(x) for x in masks]],
         out_shape=[
             jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
@@ -149,7 +153,7 @@ def _attend_backward(settings, residuals, grad_BTNH):
     centre_BNT = jnp.sum(out_BTNH.astype(wide) * grad_BTNH.astype(wide), axis=-1).swapaxes(1, 2)
     of_query, of_key, of_sum = _blocks(T, G, H)
     masks = [random] * settings.keeps_masks
-    of_random = _of_masks(random) if masks else pl.BlockSpec((2,), lambda i, n, b: (0,))
+    of_random = _of_masks(random) if masks else pl.BlockSpec((4,), lambda i, n, b: (0,))
     q_grad_BTNH = pl.pallas_call(
         functools.partial(attention_query_grad, settings=settings),
         grid=(_tiles(T, tile.queries), N, B),
@@ -236,7 +240,7 @@ def attention_forward(
     tile, wide = settings.tiles.forward, accumulator(q_ref.dtype)
     i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     t_Q, h_H = i * tile.queries + _iota(tile.queries), _iota(_padded(H))
-    head_key = _head_key(key_ref, b * pl.num_programs(1) + n)
+    head_key = _head_key(key_ref, b * pl.num_programs(1) + n, b)
     q_QH = _load(q_ref, t_Q, h_H)
 
     def step(j, carry):
@@ -272,7 +276,7 @@ def attention_query_grad(
     tile, wide = settings.tiles.query_grad, accumulator(q_ref.dtype)
     i, n, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     t_Q, h_H = i * tile.queries + _iota(tile.queries), _iota(_padded(H))
-    decide = _decisions(random_ref, b * pl.num_programs(1) + n, tile, settings)
+    decide = _decisions(random_ref, b * pl.num_programs(1) + n, b, tile, settings)
     q_QH, grad_QH = _load(q_ref, t_Q, h_H), _load(grad_ref, t_Q, h_H)
     log_sum_Q = triton.load(log_sum_ref.at[t_Q], mask=t_Q < T, other=0.0)
     # Everything times `kept`, which the last line takes out.
@@ -307,7 +311,7 @@ def attention_key_grads(
     first, last = _query_tiles(j, tile, T, settings.window)
 
     def head(g, carry):
-        decide = _decisions(random_ref, (b * pl.num_programs(1) + k) * G + g, tile, settings, g)
+        decide = _decisions(random_ref, (b * pl.num_programs(1) + k) * G + g, b, tile, settings, g)
 
         def step(i, carry):
             k_grad_SH, v_grad_SH = carry
@@ -374,11 +378,11 @@ def _masked(x_QS: jax.Array, i, j, tile: Tile, window: int | None, hidden: float
     return jax.lax.cond(partly, mask, lambda x_QS: x_QS, x_QS)
 
 
-def _decisions(random_ref, number, tile: Tile, settings: _Settings, *head) -> Callable:
+def _decisions(random_ref, number, b, tile: Tile, settings: _Settings, *head) -> Callable:
     """Function (t_Q, j) -> which probabilities of the head of this number are kept, (Q, S): by the masks or the key."""
     if settings.keeps_masks:
         return lambda t_Q, j: _unpacked(triton.load(random_ref.at[*head, *_byte_places(t_Q, j, tile)]))
-    head_key = _head_key(random_ref, number)
+    head_key = _head_key(random_ref, number, b)
     return lambda t_Q, j: _keep(head_key, t_Q, j, tile, settings)[0]
 
 
@@ -417,9 +421,10 @@ def _keep(head_key, t_Q: jax.Array, j, tile: Tile, settings: _Settings) -> tuple
     return _in_order(quads) >= jnp.uint32(bound << 16), masks_QC
 
 
-def _head_key(key_ref, number) -> tuple[jax.Array, jax.Array]:
-    """`fold_in(key, number)`, the key of a row's head."""
-    return _threefry_2x32((key_ref[0], key_ref[1]), jnp.uint32(0), number.astype(jnp.uint32))
+def _head_key(key_ref, number, b) -> tuple[jax.Array, jax.Array]:
+    """`fold_in(key, its number in the whole)`, the key of the head of row b that has this number here."""
+    whole = number.astype(jnp.uint32) + key_ref[2] + jnp.uint32(b) * key_ref[3]
+    return _threefry_2x32((key_ref[0], key_ref[1]), jnp.uint32(0), whole)
 
 
 def _threefry_2x32(key, x0, x1):

@@ -14,15 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jax_impl.products import Rounded, accumulator, gradient_like, product
-from jax_impl.sharding import IN_USE, ROWS, Layout, summed_axis
+from jax_impl.sharding import IN_USE, ROWS, Layout, is_matrix, summed_axis
 from recipe.mesh import MeshShape
 
-GATHERED = "gathered"
-"""What a weight is called that is gathered for one layer, so that the backward pass gathers it again."""
+GATHERING = (jax.lax.all_gather_p, jax.lax.bitcast_convert_type_p)
+"""What makes a weight whole: by layer, its results are not kept for the backward pass, which gathers again."""
 _HERE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
@@ -126,13 +125,20 @@ def first_row(rows_here: int) -> jax.Array | int:
     return index(ROWS) * rows_here
 
 
+def head_offsets(B: int, N: int) -> tuple[jax.Array | int, int]:
+    """Number row * heads + head, in the whole micro-batch, of the first head of the first row that is here, of B rows
+    with N heads each; and how many heads of each row are not here."""
+    layout = here()
+    heads = N * layout.ways((IN_USE["heads"],)) if layout and layout.is_split("heads") else N
+    return first_row(B) * heads + first("heads", N), heads - N
+
+
 def head_numbers(B: int, N: int) -> jax.Array:
     """The number row * heads + head, in the whole micro-batch, of each head of each row that is here, (B * N,)."""
+    begin, skipped = head_offsets(B, N)
     if here() is None:
         return jnp.arange(B * N)
-    heads = N * (here().ways((IN_USE["heads"],)) if is_split("heads") else 1)  # type: ignore[union-attr]
-    rows_B, heads_N = first_row(B) + jnp.arange(B), first("heads", N) + jnp.arange(N)
-    return (rows_B[:, None] * heads + heads_N).reshape(-1)
+    return (begin + (N + skipped) * jnp.arange(B)[:, None] + jnp.arange(N)).reshape(-1)
 
 
 @jax.tree_util.register_dataclass
@@ -161,56 +167,36 @@ class AtRest:
     def __getitem__(self, index) -> Rounded:
         """The whole, as a Flax variable asks for its value."""
         assert index is ..., "a part of a parameter is not indexed, but gathered"
-        parameter, copy = _gathered(self.parameter, self.copy, self.axis)
-        return _whole(self.path, parameter, checkpoint_name(copy, GATHERED))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gathered(parameter, copy, axis):
-    """The whole of a parameter from the copies; what stands for the parameter itself is never read."""
-    whole = _all_gather(copy, axis)
-    return jnp.zeros(whole.shape, parameter.dtype), whole
-
-
-def _gathered_forward(parameter, copy, axis):
-    return _gathered(parameter, copy, axis), None
-
-
-def _gathered_backward(axis, _, cotangent):
-    of_parameter, of_copy = cotangent
-    grad = jax.lax.psum_scatter(of_parameter, "fsdp", scatter_dimension=axis, tiled=True)
-    return grad, jnp.zeros(grad.shape, of_copy.dtype)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+        # Nobody reads the whole parameter, so that XLA gathers the copy alone; its gradient is the scattered sum.
+        parameter = jax.lax.all_gather(self.parameter, "fsdp", axis=self.axis, tiled=True)
+        return _whole(self.path, parameter, _all_gather(self.copy, self.axis))
 
 
 def _all_gather(x: jax.Array, axis: int) -> jax.Array:
     """Along fsdp; as bits, because XLA:CPU widens bfloat16 to float32 before it sends it."""
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.all_gather(bits, "fsdp", axis=axis, tiled=True)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def in_use(
-    params: Mapping[str, jax.Array], dtype, micro_batches: int
-) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
-    """What the gradients of so many micro-batches are taken of, and copies of matrices in the compute dtype.
+def in_use(params: Mapping[str, jax.Array], dtype, often: bool) -> tuple[Mapping[str, jax.Array], dict[str, jax.Array]]:
+    """What gradients are taken of, and copies of matrices in the compute dtype; of stacks of layers' too (`scan.py`).
 
-    One device has copies where they are rounded once for several micro-batches. On a mesh there is one of each matrix,
-    whole if `gather` is update, and then what stands for the parameter is never read.
+    One device has copies where they are rounded once to be used `often`, in several micro-batches or in a loop over
+    layers. On a mesh there is one of each matrix, whole if `gather` is update, and then what stands for the parameter
+    is never read.
     """
     layout = here()
     if layout is None:
-        narrower = {path: x for path, x in params.items() if x.ndim == 2 and x.dtype != dtype and micro_batches > 1}
+        narrower = {path: x for path, x in params.items() if is_matrix(path) and x.dtype != dtype and often}
         return params, {path: x.astype(dtype) for path, x in narrower.items()}
     variables, copies = dict(params), {}
     for path, x in params.items():
-        if x.ndim < 2:
+        if not is_matrix(path):
             continue
         copies[path], axis = x.astype(dtype), layout.gathered_axis(path)
         if axis is not None and layout.gather == "update":
-            copies[path] = _all_gather(copies[path], axis)
+            copies[path] = _all_gather(copies[path], axis + x.ndim - 2)
             variables[path] = jnp.zeros(copies[path].shape, x.dtype)
     return variables, copies
 
@@ -235,14 +221,14 @@ def in_turn(copies: dict[str, jax.Array], micro_batch: Any) -> dict[str, jax.Arr
     return jax.lax.optimization_barrier((copies, micro_batch))[0]
 
 
-def checkpoint(call: Callable, remat: bool) -> Callable:
+def checkpoint(call: Callable, remat: bool, prevent_cse: bool = True) -> Callable:
     """A layer as it is differentiated: activations computed again if `remat`, weights gathered again if by layer."""
     layout = here()
     if remat:
-        return jax.checkpoint(call)
+        return jax.checkpoint(call, prevent_cse=prevent_cse)
     if layout is None or layout.gather == "update":
         return call
-    return jax.checkpoint(call, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+    return jax.checkpoint(call, prevent_cse=prevent_cse, policy=lambda primitive, *_, **__: primitive not in GATHERING)
 
 
 @jax.custom_vjp
@@ -279,11 +265,11 @@ def reduced(loss: jax.Array, grads: Mapping[str, jax.Array]) -> tuple[jax.Array,
     small: dict[tuple, list[str]] = {}
     for path, grad in grads.items():
         axis, names = layout.gathered_axis(path), layout.summed_over(path)
-        if grad.ndim < 2:  # together, or each would be a collective of its own
+        if not is_matrix(path):  # together, or each would be a collective of its own
             small.setdefault((names, grad.dtype), []).append(path)
             continue
         if axis is not None and layout.gather == "update":
-            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis + grad.ndim - 2, tiled=True)
         done[path] = jax.lax.psum(grad, names) if names else grad
     for (names, _), paths in small.items():
         flat = jnp.concatenate([grads[path].reshape(-1) for path in paths])

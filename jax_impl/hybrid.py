@@ -6,6 +6,7 @@ Flax kernels are (fan_in, fan_out); Newton-Schulz wants (fan_out, fan_in): `muon
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update_fn)
 
 
-def qwen_matrices(path: str, leaf: jax.Array, *, model: ModelConfig) -> Matrix | None:
+def qwen_matrices(path: str, leaf: Any, *, model: ModelConfig) -> Matrix | None:
     """The rule of `muon.matrices` for this model: each parameter whose role is matrix is a kernel (fan_in, fan_out)."""
     return FULLY_CONNECTED if param_specs(model)[hf_name(path)].role == "matrix" else None
 

@@ -20,10 +20,11 @@ from jax_impl import random
 from jax_impl.attention import attention, attention_in_use, fused_attention
 from jax_impl.backend import recomputed
 from jax_impl.cache import KVCache
-from jax_impl.exchange import checkpoint, spread, whole_product
+from jax_impl.exchange import spread, whole_product
 from jax_impl.loss import cross_entropy, token_losses
 from jax_impl.products import accumulator, product
 from jax_impl.random import dropout
+from jax_impl.scan import checkpoint
 from recipe.config import ModelConfig, PrecisionConfig, require
 
 

@@ -46,6 +46,11 @@ def summed_axis(path: str) -> str:
     return axis if axis in IN_USE and path.endswith(".kernel") else ""
 
 
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is a matrix or a table, of which products take a copy in the compute dtype."""
+    return len(_axes(path)) == 2
+
+
 def _axes(path: str) -> tuple[str, ...]:
     return AXES.get(".".join(path.split(".")[-2:]), ())
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from harness import loop
 from harness.divergence import Diagnosis
 from harness.saving import NO_ROOM, Snapshot
-from jax_impl import exchange, random, sharding
+from jax_impl import exchange, random, scan, sharded_states, sharding
 from jax_impl.attention import attention_in_use, why_not_fused
 from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
@@ -32,6 +33,7 @@ from jax_impl.weights import (
     Params,
     bind,
     from_hf,
+    hf_shape,
     model_structure,
     optimizer_slots,
     param_paths,
@@ -39,9 +41,11 @@ from jax_impl.weights import (
     slot_leaves,
     to_hf,
     to_hf_lazily,
+    with_slots,
 )
 from recipe.config import RunConfig
 from recipe.mesh import parse_mesh
+from recipe.params import param_specs
 from recipe.schedule import learning_rate_factors
 
 
@@ -79,15 +83,46 @@ def init_state(config: RunConfig, weights: Mapping[str, np.ndarray], mesh: Mesh 
     layout = sharding.layout_of(config)
     where = {path: sharding.of_param(layout, mesh, path) for path in param_paths(config.model)} if layout else {}
     params = from_hf(weights, config.model, config.precision, where)
-
-    def begin(params) -> TrainState:
-        return TrainState(params, make_optimizer(config, mesh).init(params), *jnp.zeros((2,), jnp.int32))
-
+    begin = functools.partial(_begun, config, mesh)
     if layout is None:
         return begin(params)
     # Compiled, so that every part is made where it lies.
     shardings = sharding.state_shardings(layout, mesh, jax.eval_shape(begin, params))
     return jax.jit(begin, out_shardings=shardings)(params)
+
+
+def _begun(config: RunConfig, mesh: Mesh | None, params: Params) -> TrainState:
+    """The state of these parameters that nothing has updated."""
+    return TrainState(params, make_optimizer(config, mesh).init(params), *jnp.zeros((2,), jnp.int32))
+
+
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shape, dtype and sharding of every leaf of the state; nothing is computed or allocated."""
+    dtype, specs, layout = config.precision.params, param_specs(config.model), sharding.layout_of(config)
+    params = {
+        path: jax.ShapeDtypeStruct(hf_shape(path, specs[name].shape), dtype)
+        for path, name in param_paths(config.model).items()
+    }
+    state = jax.eval_shape(functools.partial(_begun, config, mesh), params)
+    if layout is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, state)
+    else:
+        where = sharding.state_shardings(layout, mesh, state)
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, where)
+
+
+def restore_sharded(target: TrainState, folder: Path, updates: int, skipped: int) -> TrainState:
+    """The state whose arrays a mesh has left in a folder, laid as those of the target are, from `abstract_state`."""
+    arrays = sharded_states.restore(folder, {"weights": target.params, **slot_leaves(target.opt_state)})
+
+    def count(leaf, value):
+        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+    opt_state = with_slots(
+        target.opt_state, lambda slot, path, _: arrays[slot][path], lambda leaf: count(leaf, updates)
+    )
+    return TrainState(arrays["weights"], opt_state, count(target.step, updates), count(target.skipped, skipped))
 
 
 def restore_state(
@@ -108,7 +143,8 @@ def make_train_step(
     Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
     finite, nothing changes but the count of skipped updates.
     """
-    graph = model_structure(config.model, config.precision)
+    graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
+    in_layers, apart = scan.stacked(config), scan.unstacked(config)
     optimizer, schedule, layout = make_optimizer(config, mesh), make_schedule(config), sharding.layout_of(config)
     specs = {path: layout.spec(path) for path in param_paths(config.model)} if layout else {}
     rows = PartitionSpec(None, *layout.rows) if layout else PartitionSpec()
@@ -124,7 +160,7 @@ def make_train_step(
         """Loss and gradient, the means over all micro-batches; on a mesh each device has its rows and parts."""
         A = inputs_ABT.shape[0]
         # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
-        variables, rounded = exchange.in_use(params, config.precision.compute, A)
+        variables, rounded = exchange.in_use(in_layers(params), config.precision.compute, A > 1 or config.scan_layers)
 
         def gradient(index, inputs_BT, targets_BT):
             key = random.fold_in(step_key, index) if config.model.dropout else None
@@ -138,7 +174,8 @@ def make_train_step(
         else:
             zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, variables))
             total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
-        return exchange.reduced(*jax.tree.map(lambda x: x / A, total))
+        mean_loss, grads = exchange.reduced(*jax.tree.map(lambda x: x / A, total))
+        return mean_loss, apart(grads)
 
     mean_gradient = exchange.over_devices(
         layout, mesh, mean_gradient, (specs, PartitionSpec(), rows, rows), (PartitionSpec(), specs)
@@ -167,7 +204,8 @@ def make_train_step(
 
 def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
-    graph, layout = model_structure(config.model, config.precision), sharding.layout_of(config)
+    graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
+    in_layers, layout = scan.stacked(config), sharding.layout_of(config)
 
     @jax.jit
     def evaluate(params, inputs_BT, targets_BT):
@@ -175,7 +213,7 @@ def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., 
         divided = layout is not None and len(inputs_BT) % layout.shape.rows == 0
 
         def sums(params, inputs_BT, targets_BT):
-            params, rounded = exchange.in_use(params, config.precision.compute, 1)
+            params, rounded = exchange.in_use(in_layers(params), config.precision.compute, config.scan_layers)
             return exchange.sums_over_rows(bind(graph, params, rounded).evaluate(inputs_BT, targets_BT), divided)
 
         specs = {path: layout.spec(path) for path in params} if layout else {}
@@ -213,6 +251,11 @@ def _return_freed_memory() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)(0)
 
 
+def _bytes_here(array: jax.Array) -> int:
+    """Bytes that one device has of an array."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
 @jax.jit
 def _copied(arrays):
     """New buffers with the same content."""
@@ -221,6 +264,8 @@ def _copied(arrays):
 
 class Trainer:
     """The JAX side of `harness.loop.Trainer`."""
+
+    read_sharded = staticmethod(sharded_states.read_sharded)
 
     def __init__(self, config: RunConfig, weights: Mapping[str, np.ndarray]) -> None:
         if config.precision.params == "float64":
@@ -237,7 +282,8 @@ class Trainer:
         B = config.batch_size
         self.rows_of_batch = slice(B) if self.mesh is None else sharding.local_rows(self.mesh, B)
         """Rows of a micro-batch that this process's devices hold, and `step` is given."""
-        self.state = init_state(config, weights, self.mesh)
+        stored = isinstance(weights, sharded_states.StoredArrays)  # `restore` reads them with the slots
+        self.state = abstract_state(config, self.mesh) if stored else init_state(config, weights, self.mesh)
         self.train_step, self.eval_step = make_train_step(config, self.mesh), make_evaluate(config, self.mesh)
         device = jax.devices()[0]
         self.environment = {
@@ -276,9 +322,14 @@ class Trainer:
         arrays = {"weights": self.state.params, **slot_leaves(self.state.opt_state)}
         # The next update is given the state's own buffers. A copy on the device is made between two updates, in order.
         if self.room is None:  # Asked once: later the peak holds a copy already.
-            self.room = has_room(sum(array.nbytes for array in jax.tree.leaves(arrays)))
+            self.room = has_room(sum(_bytes_here(array) for array in jax.tree.leaves(arrays)))
             if not self.room:
                 print(NO_ROOM, file=sys.stderr)
+        if self.mesh is not None:
+            copies = _copied(arrays) if self.room else sharded_states.in_host_memory(arrays)
+            lazy = {part: to_hf_lazily(copies[part]) for part in arrays}
+            shards = sharded_states.Shards(copies, self.config)
+            return Snapshot(lazy.pop("weights"), lazy, *self.counts(), shards)
         copies = _copied(arrays) if self.room else jax.tree.map(np.array, arrays)
         lazy = {part: to_hf_lazily({path: copies[part][path] for path in arrays[part]}) for part in arrays}
         return Snapshot(lazy.pop("weights"), lazy, *self.counts())
@@ -287,7 +338,11 @@ class Trainer:
         return int(self.state.step), int(self.state.skipped)
 
     def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
-        self.state = restore_state(self.state, slots, updates, skipped)
+        stored = next((part for part in slots.values() if isinstance(part, sharded_states.StoredArrays)), None)
+        if stored is not None:
+            self.state = restore_sharded(self.state, stored.folder, updates, skipped)
+        else:
+            self.state = restore_state(self.state, slots, updates, skipped)
 
     def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
         position = sum(self.counts()) if position is None else position

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from harness.saving import LazyArrays
 from jax_impl.exchange import hold
 from jax_impl.model import Qwen3ForCausalLM
+from jax_impl.scan import joined
 from jax_impl.sharding import place
 from recipe.config import ModelConfig, PrecisionConfig
 from recipe.params import check_weights, param_specs
@@ -69,13 +71,25 @@ def to_hf(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 def to_hf_lazily(params: Mapping[str, jax.Array | np.ndarray]) -> LazyArrays:
     """The same, each array fetched from the device when it is asked for."""
     paths = {hf_name(path): path for path in params}
-    shapes = {name: params[path].shape[:: -1 if path.endswith(".kernel") else 1] for name, path in paths.items()}
+    shapes = {name: hf_shape(path, params[path].shape) for name, path in paths.items()}
+    return LazyArrays(shapes, lambda name: in_torch_layout(_whole(params[paths[name]]), paths[name]))
 
-    def read(name: str) -> np.ndarray:
-        array = np.asarray(params[paths[name]])
-        return _transposed(array) if paths[name].endswith(".kernel") else np.ascontiguousarray(array)
 
-    return LazyArrays(shapes, read)
+def _whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """All of an array on the host, also of one of several processes, each of which then calls this at the same time."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the leaf of a Flax path in torch's layout, and of torch's in Flax's."""
+    return shape[::-1] if path.endswith(".kernel") else shape
+
+
+def in_torch_layout(array: np.ndarray, path: str) -> np.ndarray:
+    """The leaf of a Flax path as torch has it, contiguous."""
+    return _transposed(array) if path.endswith(".kernel") else np.ascontiguousarray(array)
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
@@ -91,9 +105,7 @@ def slot_leaves(opt_state) -> dict[str, Params]:
     states = opt_state.inner_states
     muon_state, adam_state = states["muon"].inner_state[0], states["other"].inner_state[0]
     slots = {"mu": muon_state.mu, "exp_avg": adam_state.mu, "exp_avg_sq": adam_state.nu}
-    return {
-        slot: {path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array)} for slot, tree in slots.items()
-    }
+    return {slot: {path: leaf for path, leaf in tree.items() if _is_leaf(leaf)} for slot, tree in slots.items()}
 
 
 def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
@@ -104,16 +116,19 @@ def optimizer_slots(opt_state) -> dict[str, dict[str, np.ndarray]]:
 def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int):
     """Inverse of `optimizer_slots`: the optimizer state with these slots, as it is after so many updates."""
 
-    def mesh_of(leaf):
-        return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+    def leaf_of(slot, path, leaf):
+        where = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        return from_array(slots[slot][hf_name(path)], path, leaf.dtype, where)
+
+    # The scalars count updates, for Adam's bias correction and both schedules; each its own buffer, to be donated.
+    return with_slots(opt_state, leaf_of, lambda leaf: jnp.full_like(leaf, updates))
+
+
+def with_slots(opt_state, leaf_of, count_of):
+    """The optimizer state with `leaf_of(slot, path, leaf)` for each leaf of a slot, `count_of(leaf)` for each count."""
 
     def filled(tree, slot):
-        return {
-            path: from_array(slots[slot][hf_name(path)], path, leaf.dtype, mesh_of(leaf))
-            if isinstance(leaf, jax.Array)
-            else leaf
-            for path, leaf in tree.items()
-        }
+        return {path: leaf_of(slot, path, leaf) if _is_leaf(leaf) else leaf for path, leaf in tree.items()}
 
     muon, adamw = opt_state.inner_states["muon"], opt_state.inner_states["other"]
     muon_state, *muon_rest = muon.inner_state
@@ -124,15 +139,24 @@ def restore_optimizer(opt_state, slots: Mapping[str, Mapping[str, np.ndarray]], 
         "muon": muon._replace(inner_state=(muon_state, *muon_rest)),
         "other": adamw._replace(inner_state=(adam_state, *adam_rest)),
     }
-    # The scalars count updates, for Adam's bias correction and both schedules; each its own buffer, to be donated.
-    return jax.tree.map(
-        lambda leaf: leaf if leaf.ndim else jnp.full_like(leaf, updates), opt_state._replace(inner_states=states)
-    )
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim else count_of(leaf), opt_state._replace(inner_states=states))
 
 
-def model_structure(config: ModelConfig, precision: PrecisionConfig) -> nnx.GraphDef:
-    """The model without its parameters, built without allocating any."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Qwen3ForCausalLM(config, precision)))
+def _is_leaf(leaf) -> bool:
+    """Whether it stands for an array, not for a parameter of the other optimizer."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def model_structure(config: ModelConfig, precision: PrecisionConfig, scan_layers: bool = False) -> nnx.GraphDef:
+    """The model without its parameters, built without allocating any; its layers `scan.joined` if asked."""
+
+    def build():
+        model = Qwen3ForCausalLM(config, precision)
+        if scan_layers:
+            model.model.layers = joined(model.model.layers, config)
+        return model
+
+    graph, _ = nnx.split(nnx.eval_shape(build))
     return graph
 
 

@@ -6,7 +6,6 @@ returned; stderr has a line before each case, so that what XLA says there can be
 
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from jax_impl.muon.matrices import FROM_HEADS, FULLY_CONNECTED, OUT_IN, TO_HEADS
 from jax_impl.muon.newton_schulz import orthogonalize_via_newton_schulz
 from jax_impl.muon.sharded import collective_bytes, orthogonalize_sharded, sharding_of, shardings_of
 from jax_impl.muon.transforms import scale_by_muon
+from parity_tests.collectives import collectives
 
 AXES = ("data", "fsdp", "tensor")
 MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
@@ -75,54 +75,6 @@ def unsharded(leaves: dict, arrays: list) -> list:
     for x, (shape, matrix, _) in zip(arrays, leaves.values(), strict=True):
         done.append(from_stack(orthogonalize_via_newton_schulz(as_stack(x, matrix), dtype="float64"), matrix, shape))
     return done
-
-
-_COLLECTIVE = re.compile(r"= (.*?) (all-[\w-]+?|ragged-all-to-all|reduce-scatter|collective-[\w-]+?)(?:-start)?\(")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations|calls|called_computations)=\{([^}]*)\}")
-_ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
-
-
-def collectives(hlo: str) -> list[dict]:
-    """Each collective of a compiled program: kind, bytes of an element, bytes that leave a device, and if in a loop."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            lines = computations.setdefault(line.removeprefix("ENTRY ").split()[0].lstrip("%"), [])
-        lines.append(line)
-
-    def called(line: str) -> set[str]:
-        names = _CALLED.findall(line)
-        names += [name for many in _BRANCHES.findall(line) for name in re.findall(r"[\w.-]+", many)]
-        return set(names).union(*(called(inner) for name in names for inner in computations[name]))
-
-    in_loops = {name for lines in computations.values() for line in lines if " while(" in line for name in called(line)}
-    found = []
-    for name, lines in computations.items():
-        for line in lines:
-            if match := _COLLECTIVE.search(line):
-                arrays = [
-                    (int(bits) // 8, math.prod(int(size) for size in sizes.split(",") if size))
-                    for _, bits, sizes in _ARRAY.findall(match[1])
-                ]
-                sent = _sent(match[2], sum(width * size for width, size in arrays), line)
-                found.append({"kind": match[2], "width": arrays[0][0], "sent": sent, "in_loop": name in in_loops})
-    return found
-
-
-def _sent(kind: str, result: int, line: str) -> int:
-    """Bytes that leave a device, from those of the result: of a ring of g devices (g-1)/g, for an all-reduce twice."""
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        devices = int(match[1])
-    elif match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        devices = len(match[1].split(","))
-    elif match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # as jax 0.12 prints them
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        devices = math.prod(int(sizes[name]) for name in re.findall(r"\w+", match[2]))
-    else:  # collective-permute has pairs
-        return result
-    return result * (devices - 1) // devices * (2 if kind == "all-reduce" else 1)
 
 
 def compiled(name: str, function, argument):

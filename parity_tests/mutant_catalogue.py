@@ -500,8 +500,9 @@ MUTANTS = (
     Mutant(
         "clip of each micro-batch instead of their mean",
         TRAIN,
-        "            return jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)\n",
-        "            value, grads = jax.value_and_grad(loss)(state.params, rounded, inputs_BT, targets_BT, key)\n"
+        "            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), "
+        "inputs_BT, targets_BT, key)\n",
+        "            value, grads = jax.value_and_grad(loss)(variables, rounded, inputs_BT, targets_BT, key)\n"
         "            return value, clip_by_global_norm(grads, config.clip_norm)[0]\n",
         UPDATES,
     ),
@@ -666,8 +667,8 @@ MUTANTS = (
     Mutant(
         "momentum transposed on load",
         "jax_impl.weights",
-        "from_array(slots[slot][hf_name(path)], path, leaf.dtype) if",
-        "jnp.asarray(slots[slot][hf_name(path)].reshape(leaf.shape), leaf.dtype) if",
+        "from_array(slots[slot][hf_name(path)], path, leaf.dtype, where)",
+        "jnp.asarray(slots[slot][hf_name(path)].reshape(leaf.shape), leaf.dtype)",
         SAME_JAX,
     ),
     Mutant(
@@ -708,8 +709,8 @@ MUTANTS = (
     Mutant(
         "skipped count lost",
         TRAIN,
-        "jnp.asarray(skipped, jnp.int32)",
-        "jnp.zeros((), jnp.int32)",
+        "jnp.full_like(state.skipped, skipped)",
+        "jnp.zeros_like(state.skipped)",
         SAME_JAX,
     ),
     Mutant(

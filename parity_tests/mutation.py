@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parity_tests import mutant_catalogue, mutant_gaps
+from parity_tests import mutant_catalogue, mutant_gaps, mutant_meshes
 from parity_tests.mutant import Edit
 
-MUTANTS = (*mutant_catalogue.MUTANTS, *mutant_gaps.MUTANTS)
+MUTANTS = (*mutant_catalogue.MUTANTS, *mutant_gaps.MUTANTS, *mutant_meshes.MUTANTS)
 
 
 def mutate(source: str, edit: Edit) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jax_impl.attention
 import torch_ref.attention
+from jax_impl import exchange
 from jax_impl.attention_kernel import Tile, Tiles, flash_attention, tiles_of
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import check, check_all
@@ -302,3 +303,20 @@ def test_what_it_cannot_do_is_said():
         flash_attention(q, q, q, window=None)
     with pytest.raises(ValueError, match="drops every probability"):
         flash_attention(q[..., :48], q[..., :48], q[..., :48], window=None, rate=0.999999, key=our_key())
+
+
+def test_on_a_mesh_a_part_of_the_heads_has_its_own_masks(monkeypatch):
+    """The second row's second key head alone, forward and backward, as the devices of data=2,tensor=2 have it."""
+    case = CASES["one token"]
+    q, k, v, grad = (jnp.asarray(case.arrays[name], jnp.float32) for name in ("q", "k", "v", "grad"))
+    run = functools.partial(
+        flash_attention, window=None, rate=0.25, key=our_key(), tiles=SMALL, interpret=True, keeps_masks=False
+    )
+    whole, back = jax.vjp(run, q, k, v)
+    row, heads, key_head = slice(1, 2), slice(2, 4), slice(1, 2)
+    monkeypatch.setattr(exchange, "head_offsets", lambda B, N: (1 * case.N + 2, case.N - N))
+    part, back_of_part = jax.vjp(run, q[row, :, heads], k[row, :, key_head], v[row, :, key_head])
+    assert np.array_equal(part, whole[row, :, heads])
+    of_part, of_whole = back_of_part(grad[row, :, heads]), back(grad)
+    for ours, theirs, of in zip(of_part, of_whole, (heads, key_head, key_head), strict=True):
+        assert np.array_equal(ours, theirs[row, :, of])

@@ -403,6 +403,7 @@ OTHERS = {
     "rollback_factor": "tests/test_divergence.py::test_a_rollback_passes_over_the_batches_it_has_seen",
     "mesh": "parity_tests/test_sharding.py",
     "gather": "parity_tests/test_sharding.py",
+    "scan_layers": "tests/test_scan.py",
     **{f"hosts.{name}": "tests/test_hosts.py" for name in ("coordinator", "count", "index", "heartbeat")},
     "model.initializer_range": "test_the_initial_weights_read_their_deviation_and_the_seed",
     "model.max_position_embeddings": "test_positions_are_a_limit",

@@ -10,12 +10,12 @@ from recipe.data import Dataset
 def ngram_baselines(dataset: Dataset) -> dict[str, float]:
     """Nats per held-out token of models that know nothing, frequencies, and pairs: uniform, unigram, bigram.
 
-    Counts are those of the training tokens; the unigram has one added to each count, and the bigram is interpolated,
-    (count(a, b) + m p(b)) / (count(a) + m), with the m of a small grid that does best, which flatters it a little.
+    Counts are those of the training tokens, of a streamed text of its first BASELINE_TOKENS on either side; the unigram
+    has one added to each count, and the bigram is interpolated, (count(a, b) + m p(b)) / (count(a) + m), with the m of
+    a small grid that does best, which flatters it a little.
     """
     vocabulary = dataset.tokenizer.vocab_size
-    train = np.asarray(dataset.train_tokens, np.int64)
-    held_out = np.asarray(dataset.held_out_tokens, np.int64)
+    train, held_out = (tokens.astype(np.int64) for tokens in dataset.counted())
     counts = np.bincount(train, minlength=vocabulary)
     unigram = (counts + 1.0) / (len(train) + vocabulary)
     pairs, pair_counts = np.unique(train[:-1] * vocabulary + train[1:], return_counts=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from recipe.dropout import RESOLUTION, threshold
 from recipe.mesh import parse_mesh
+from recipe.mixture import parse_mixture
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -286,7 +287,7 @@ class DataConfig:
 
     corpus: str = "shakespeare"
     """shakespeare (38 embedded plays), stdlib (Python's documentation), a file or folder (.txt, .md, .jsonl, .parquet),
-    or hub:OWNER/NAME[/SUBSET]."""
+    or hub:OWNER/NAME[/SUBSET]; with split hashed also a mixture: 0.7*a.jsonl + 0.3*hub:OWNER/NAME."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and Hub documents."""
     tokenizer: str = "bpe"
@@ -299,11 +300,13 @@ class DataConfig:
     """Cut each document after so many characters."""
     max_tokens: int | None = None
     """Keep the first so many tokens."""
-    split: Literal["documents", "leaking-windows"] = "documents"
-    """documents holds out whole documents, or the end of the longest where none fits; leaking-windows is the seed's:
+    split: Literal["documents", "hashed", "leaking-windows"] = "documents"
+    """documents holds out whole documents, or the end of the longest where none fits, all read into memory; hashed
+    those that a hash of their text says, streaming any amount (docs/data.md); leaking-windows is the seed's:
     overlapping windows split at random."""
     validation_fraction: float = 0.05
-    """Share of the characters (or windows) held out, above 0 and below 1; of the plays always the same two."""
+    """Share of the characters (hashed: of the documents; or of the windows) held out, above 0 and below 1; of the
+    plays, unless hashed, always the same two."""
     validation_tokens: int = 32_768
     """Token budget of one evaluation."""
     cache_dir: str = ""
@@ -318,6 +321,15 @@ class DataConfig:
             "held out; choose e.g. 0.05.",
         )
         require(self.corpus.strip() != "", "data.corpus='' names nothing; choose e.g. 'shakespeare'.")
+        try:
+            mixture = parse_mixture(self.corpus)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        require(
+            mixture is None or self.split == "hashed",
+            f"data.corpus={self.corpus[:200]!r} is a mixture, which data.split={self.split} does not hold out from; "
+            "pass --data.split hashed, or ./ before a path that begins like this.",
+        )
         require(
             self.bpe_vocab_size >= 257,
             f"data.bpe_vocab_size={self.bpe_vocab_size} must be at least 257 (the bytes and one); choose e.g. 8192.",
@@ -459,6 +471,9 @@ class RunConfig:
     gather: Literal["update", "layer"] = "update"
     """When what fsdp divides is gathered: update once for all micro-batches, which sends least; layer where each layer
     needs it, micro-batch by micro-batch, which holds least."""
+    scan_layers: bool = False
+    """In JAX a loop over the layers instead of one after another: a deep model compiles in a fraction of the time, and
+    its matrices are held once more, in stacks. The same update."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     tensorboard: bool = False

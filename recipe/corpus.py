@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,21 @@ LONGEST_PATH = 300
 """Characters of a path in a message."""
 LONGEST_REASON = 1000
 """Characters of a library's own words: long enough for a list of configurations."""
+LARGEST_DOCUMENT = 2**20
+"""Bytes of UTF-8 of a streamed document; a longer one is cut into documents of their own."""
+ROWS_AT_ONCE = 64
+"""Of a Parquet file."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Found(NamedTuple):
+    """A document as it was found; its file is read on from `offset` (bytes, or rows), and `number` goes with that."""
+
+    name: str
+    text: str
+    offset: int = 0
+    number: int = 0
+    """Lines of a JSONL file, or characters of a text, up to there."""
 
 
 class Documents(NamedTuple):
@@ -50,6 +64,16 @@ class Tally:
     read: Counter[str] = field(default_factory=Counter)
     empty: int = 0
     surrogates: int = 0
+
+    def clean(self, text: str) -> str:
+        """The text as it is tokenised, lone surrogates replaced; empty if it is blank. Both are counted."""
+        if not text.strip():
+            self.empty += 1
+            return ""
+        if LONE_SURROGATE.search(text):
+            self.surrogates += 1
+            text = LONE_SURROGATE.sub("\ufffd", text)
+        return text
 
     def said(self) -> str:
         """One line; empty if no file was looked for and no document changed or left out."""
@@ -76,35 +100,35 @@ def load_documents(config: DataConfig) -> Documents:
     spell and no encoding can hold, becomes U+FFFD.
     """
     tally = Tally()
-    if config.corpus == "shakespeare":
-        named = _shakespeare()
-    elif config.corpus == "stdlib":
-        named = _stdlib()
-    elif config.corpus.startswith("hub:"):
-        named = _hub(config.corpus.removeprefix("hub:"), config.text_field)
+    if config.corpus in EMBEDDED:
+        named = EMBEDDED[config.corpus]()
+    elif config.corpus.startswith(HUB):
+        records = read_hub(config.corpus.removeprefix(HUB), config.text_field)
+        named = ((found.name, found.text) for found in records)
     else:
         named = _local(Path(config.corpus), config.text_field, tally)
     names, texts = [], []
     digest = hashlib.sha256()
     for name, text in islice(named, config.max_documents):
-        text = text[: config.max_characters]
-        if not text.strip():
-            tally.empty += 1
+        text = tally.clean(text[: config.max_characters])
+        if not text:
             continue
-        if LONE_SURROGATE.search(text):
-            tally.surrogates += 1
-            text = LONE_SURROGATE.sub("\ufffd", text)
         names.append(name)
         texts.append(text)
         # A file's name may be any bytes, which Python holds as lone surrogates.
         digest.update(f"{len(name)} {len(text)} {name}".encode("utf-8", "surrogatepass") + text.encode())
     said = tally.said()
+    require_text(bool(texts), config.corpus, said)
+    return Documents(names, texts, digest.hexdigest(), said)
+
+
+def require_text(there: bool, corpus: str, said: str) -> None:
+    """Raise UserError unless a corpus has text; `said` is what was read of it."""
     require(
-        bool(texts),
-        f"data.corpus={_shown(config.corpus)} holds no text{f' ({said})' if said else ''}; "
+        there,
+        f"data.corpus={_shown(corpus)} holds no text{f' ({said})' if said else ''}; "
         "name a corpus with at least one document.",
     )
-    return Documents(names, texts, digest.hexdigest(), said)
 
 
 def _shown(path: str | Path) -> str:
@@ -168,32 +192,33 @@ def _stdlib() -> Iterator[tuple[str, str]]:
 
 def _local(path: Path, field: str, tally: Tally) -> Iterator[tuple[str, str]]:
     """The documents of a file, or of all readable files below a folder in the order of their paths."""
-    require(
-        os.path.exists(path),  # False also for a name too long to be one
-        f"data.corpus={_shown(path)} does not exist; name a file, a folder, shakespeare, stdlib or hub:OWNER/NAME.",
-    )
-    if path.is_dir():
-        files = _files(path, tally.found)
-        require(
-            bool(files),
-            f"data.corpus={_shown(path)} is a folder without {', '.join(SUFFIXES)} files"
-            f"{f' (it has {listed(tally.found)})' if tally.found else ''}; name one that has some.",
-        )
-    else:
-        require(path.is_file(), f"data.corpus={_shown(path)} is neither a file nor a folder; name one of them.")
-        files, tally.found = [path], Counter([_kind(path)])
-    for file in files:
-        tally.read[_kind(file)] += 1
-        name = file.name if file == path else str(file.relative_to(path))
-        suffix = file.suffix.lower()
-        if suffix == ".jsonl":
-            yield from _json_lines(file, name, field)
-        elif suffix == ".parquet":
-            yield from _parquet(file, name, field)
+    for file, name in local_files(path, tally):
+        tally.read[kind_of_file(file)] += 1
+        if file.suffix.lower() in RECORDS:
+            yield from ((found.name, found.text) for found in RECORDS[file.suffix.lower()](file, name, field))
         else:
             text = _text(file.read_bytes(), file)
             require(file != path or bool(text.strip()), f"data.corpus: {_shown(file)} is empty; name a file with text.")
             yield name, text
+
+
+def local_files(path: Path, tally: Tally) -> list[tuple[Path, str]]:
+    """The file, or the readable files below a folder in the order of their paths, each with its name in messages."""
+    require(
+        os.path.exists(path),  # False also for a name too long to be one
+        f"data.corpus={_shown(path)} does not exist; name a file, a folder, shakespeare, stdlib or hub:OWNER/NAME.",
+    )
+    if not path.is_dir():
+        require(path.is_file(), f"data.corpus={_shown(path)} is neither a file nor a folder; name one of them.")
+        tally.found = Counter([kind_of_file(path)])
+        return [(path, path.name)]
+    files = _files(path, tally.found)
+    require(
+        bool(files),
+        f"data.corpus={_shown(path)} is a folder without {', '.join(SUFFIXES)} files"
+        f"{f' (it has {listed(tally.found)})' if tally.found else ''}; name one that has some.",
+    )
+    return [(file, str(file.relative_to(path))) for file in files]
 
 
 def _files(folder: Path, found: Counter[str]) -> list[Path]:
@@ -222,13 +247,13 @@ def _files(folder: Path, found: Counter[str]) -> list[Path]:
             if known and file.is_file() and not new(str(file)):
                 found["named twice"] += 1
                 continue
-            found[_kind(file)] += 1
+            found[kind_of_file(file)] += 1
             if known and file.is_file():
                 files.append(file)
     return sorted(files)
 
 
-def _kind(file: Path) -> str:
+def kind_of_file(file: Path) -> str:
     """The suffix in small letters; of a compressed file also the one before, of no regular file that it is none."""
     if not file.is_file():
         return "links to nowhere or special files"
@@ -261,14 +286,67 @@ def _utf_16(data: bytes) -> bool:
     return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * max(zeros) > len(start) > 8 * min(zeros)
 
 
-def _json_lines(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
-    """One object a line; a line ends at a line feed alone, as JSON texts may hold U+2028 and its like as they are."""
+def read_texts(file: Path, name: str, offset: int, number: int, longest: int | None) -> Iterator[Found]:
+    """A text file from an offset on, in pieces of LARGEST_DOCUMENT at most, up to `longest` characters of the file."""
+    with open(file, "rb") as stream:
+        while longest is None or number < longest:
+            stream.seek(offset)
+            block = stream.read(LARGEST_DOCUMENT + 4)  # four more tell whether a character ends there
+            if not block:
+                return
+            end = _piece(block)
+            text = _text(block[:end], f"{_shown(file)}, byte {offset:,}" if offset else file)
+            text = text[: None if longest is None else longest - number]
+            offset, number = offset + end, number + len(text)
+            yield Found(name, text, offset, number)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most LARGEST_DOCUMENT bytes, cut at a blank line where there is one."""
+    if 4 * len(text) <= LARGEST_DOCUMENT:
+        yield text
+        return
+    data, offset = text.encode(), 0
+    while offset < len(data):
+        block = data[offset : offset + LARGEST_DOCUMENT + 4]
+        end = _piece(block)
+        yield block[:end].decode()
+        offset += end
+
+
+def _piece(block: bytes) -> int:
+    """Where UTF-8 that is longer than LARGEST_DOCUMENT is cut: after the last blank line, line or space of the second
+    half, else between characters; its length if it is not."""
+    if len(block) <= LARGEST_DOCUMENT:
+        return len(block)
+    for mark in (b"\n\n", b"\r\n\r\n", b"\n", b" "):
+        place = block.rfind(mark, LARGEST_DOCUMENT // 2, LARGEST_DOCUMENT)
+        if place >= 0:
+            return place + len(mark)
+    ends = (end for end in range(LARGEST_DOCUMENT, LARGEST_DOCUMENT - 4, -1) if block[end] & 0xC0 != 0x80)
+    return next(ends, LARGEST_DOCUMENT)  # bytes that are no UTF-8 are refused as they are
+
+
+def read_json_lines(
+    file: Path, name: str, field: str, offset: int = 0, number: int = 0, longest: int = -1
+) -> Iterator[Found]:
+    """One object a line; a line ends at a line feed alone, as JSON texts may hold U+2028 and its like as they are.
+
+    From an offset on, before which there are `number` lines. A line is not read beyond `longest` bytes, but refused.
+    """
+    shown = _shown(file)
     with open(file, "rb") as lines:
-        for number, data in enumerate(lines, start=1):
-            where = f"data.corpus: {_shown(file)} line {number}"
-            line = _text(data, f"{_shown(file)} line {number}").strip()
+        lines.seek(offset)
+        while data := lines.readline(longest):
+            offset, number = offset + len(data), number + 1
+            where = f"data.corpus: {shown} line {number}"
+            require(
+                len(data) != longest or data.endswith(b"\n"),
+                f"{where} has more than {longest - 1:,} bytes; cut its text into several.",
+            )
+            line = _text(data, f"{shown} line {number}").strip()
             if line:
-                yield f"{name}:{number}", _field(parse_json(line, where), field, where)
+                yield Found(f"{name}:{number}", _field(parse_json(line, where), field, where), offset, number)
 
 
 def _field(record: object, field: str, where: str) -> str:
@@ -283,7 +361,8 @@ def _field(record: object, field: str, where: str) -> str:
     return text or ""
 
 
-def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
+def read_parquet(file: Path, name: str, field: str, offset: int = 0) -> Iterator[Found]:
+    """The rows of a Parquet file from the row `offset` on; some rows are in memory at once."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -294,7 +373,7 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
     where = f"data.corpus: {_shown(file)}"
     failures = (pyarrow.ArrowException, OSError, ValueError)
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20)
         schema = table.schema_arrow
     except failures as error:
         raise UserError(f"{where} is not a Parquet file ({_reason(error)}); convert it or name another.") from None
@@ -309,8 +388,10 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
         f"{where} has {short(str(kind))} in column {short(repr(field))}, not text; pass --data.text_field NAME, or "
         "cast it to string.",
     )
-    row = 0
-    batches = table.iter_batches(columns=[field])
+    row, groups = 0, range(table.num_row_groups)
+    while offset and groups and row + (rows := table.metadata.row_group(groups[0]).num_rows) <= offset:
+        row, groups = row + rows, groups[1:]
+    batches = table.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[field]) if groups else iter(())
     while True:
         try:
             # By name: a path `a.b` into a struct and a column of that name are asked for alike.
@@ -322,7 +403,8 @@ def _parquet(file: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
             return
         for text in texts:
             row += 1
-            yield f"{name}:{row}", text or ""
+            if row > offset:
+                yield Found(f"{name}:{row}", text or "", row)
 
 
 def _is_text(kind: Any) -> bool:
@@ -334,8 +416,19 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def _hub(source: str, field: str) -> Iterator[tuple[str, str]]:
-    """Stream OWNER/NAME[/SUBSET], or the files of a local folder, through `datasets`."""
+RECORDS: dict[str, Callable[..., Iterator[Found]]] = {".jsonl": read_json_lines, ".parquet": read_parquet}
+"""Readers of files that hold many documents."""
+EMBEDDED: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {"shakespeare": _shakespeare, "stdlib": _stdlib}
+HUB = "hub:"
+
+
+def hub_folder(source: str) -> bool:
+    """Whether a name after `hub:` is a folder here; not what `.` and `/` have alone: they are their own parents."""
+    return os.path.isdir(source) and Path(source).parent != Path(source)
+
+
+def read_hub(source: str, field: str, offset: int = 0) -> Iterator[Found]:
+    """Stream OWNER/NAME[/SUBSET], or the files of a local folder, through `datasets`, from record `offset` on."""
     instead = "pass --data.corpus shakespeare, or a local file or folder"
     shown = _shown(f"hub:{source}")
     try:
@@ -345,23 +438,24 @@ def _hub(source: str, field: str) -> Iterator[tuple[str, str]]:
             f"data.corpus={shown} needs datasets, which is not installed; run: pip install -e '.[hub]', or {instead}."
         ) from None
     parts = source.split("/")
-    # What `.` and `/` have alone: they are their own parents. Neither is what an empty name asks for.
-    local = os.path.isdir(source) and Path(source).parent != Path(source)
+    local = hub_folder(source)
     require(
         local or (len(parts) in (2, 3) and all(part.strip(" .") for part in parts)),
         f"data.corpus={shown} is not OWNER/NAME or OWNER/NAME/SUBSET; name one, or {instead}.",
     )
     name, subset = (source, None) if local else ("/".join(parts[:2]), parts[2] if len(parts) == 3 else None)
-    index = 0
+    index = offset
     records: Iterator | None = None
     while True:
         try:
             if records is None:
-                records = iter(datasets.load_dataset(name, subset, split="train", streaming=True))
+                stream = datasets.load_dataset(name, subset, split="train", streaming=True)
+                records = iter(stream.skip(offset) if offset else stream)
             record = next(records, None)
         except Exception as error:  # `datasets` and the readers behind it raise what they like
             raise UserError(f"data.corpus={shown} cannot be read ({_reason(error)}); {instead}.") from None
         if record is None:
             return
-        yield f"{source}:{index}", _field(record, field, f"data.corpus: {shown} record {index}")
+        text = _field(record, field, f"data.corpus: {shown} record {index}")
         index += 1
+        yield Found(f"{source}:{index - 1}", text, index)

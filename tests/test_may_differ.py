@@ -33,6 +33,7 @@ OTHER = {
     "rollback_factor": 0.25,
     "mesh": "data=2",
     "gather": "layer",
+    "scan_layers": True,
 }
 """Another value of each field that may differ, with which the run below does not diverge."""
 OF_JAX = ("mesh", "gather")

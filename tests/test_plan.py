@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 
 from benchmarks import job
 from benchmarks.plan import __main__ as command
-from benchmarks.plan import machine_code, parts, report, targets
+from benchmarks.plan import machine_code, parts, report, targets, traffic
 from benchmarks.plan.compile import as_if_on, estimates
 from benchmarks.plan.parts import Estimate, Work
 from benchmarks.plan.program import Frame, Program, Shape
 from harness.cli import run
+from recipe.mesh import MeshShape
 from recipe.presets import get_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +212,102 @@ def test_a_collective_sends_the_larger_of_what_goes_in_and_out(line, kind, paylo
     finish = "\n  ROOT %z = f32[8]{0} all-reduce-done(%y)"
     (launch,) = module("  %x = f32[8]{0} parameter(0)\n  " + line + finish).launches
     assert (launch.collective, launch.payload, parts.part(launch, TINY)) == (kind, payload, parts.COLLECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("[2,3]<=[6]", ((0, 1, 2), (3, 4, 5))),
+        ("[3,2]<=[2,3]T(1,0)", ((0, 3), (1, 4), (2, 5))),
+        ("[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ("{}", ()),
+    ],
+)
+def test_the_groups_of_a_collective_are_read(written, groups):
+    x = "  %x = f32[8]{0} parameter(0)\n"
+    line = f"{x}  ROOT %y = f32[8]{{0}} all-reduce(%x), replica_groups={written}, to_apply=%add"
+    (launch,) = module(line).launches
+    ways = len(groups[0]) if groups else 0
+    assert launch.groups == groups
+    assert launch.sent == (2 * 32 * (ways - 1) // ways if ways else 64)
+
+
+def test_groups_are_named_by_the_axes_along_which_devices_differ():
+    shape = MeshShape(2, 2, 2)
+    expected = {"tensor": ((0, 1), (2, 3), (4, 5), (6, 7)), "fsdp": ((0, 2), (1, 3), (4, 6), (5, 7)),
+                "data+fsdp": ((0, 2, 4, 6), (1, 3, 5, 7)), "data+fsdp+tensor": (tuple(range(8)),)}  # fmt: skip
+    for axes, groups in expected.items():
+        assert traffic.axes_of(shape, groups) == axes
+        assert traffic.axes_of(shape, groups[::-1]) == axes
+    assert traffic.axes_of(shape, ((0, 3), (1, 2), (4, 5), (6, 7))) == traffic.axes_of(shape, ()) == "?"
+    assert traffic.axes_of(MeshShape(fsdp=4), (tuple(range(4)),)) == "fsdp", "an axis of one device joins nothing"
+
+
+@pytest.mark.parametrize(
+    ("said", "overlaps"),
+    [
+        ('all-gather-start(%x), backend_config={"is_sync":false}', True),
+        ('all-gather-start(%x), backend_config={"is_sync":true}', False),
+        ("all-gather-start(%x)", True),
+        ("all-gather(%x)", None),
+    ],
+)
+def test_a_collective_overlaps_if_xla_has_scheduled_it_so(said, overlaps):
+    (launch,) = module(f"  %x = f32[8]{{0}} parameter(0)\n  %y = (f32[8]{{0}}, f32[32]{{0}}) {said}").launches
+    assert launch.overlaps is overlaps
+
+
+def test_links_are_as_fast_as_the_group_allows():
+    h100, v5e, v5p = (targets.get_target(name) for name in ("h100", "v5e", "v5p"))
+    links, network = h100.rates.links, h100.rates.network
+    assert h100.link_rate(8, range(8)) == links
+    assert h100.link_rate(16, range(16)) == min(links, 8 * network)
+    assert h100.link_rate(16, (3, 11)) == network, "one of each host"
+    assert h100.link_rate(16, (2, 3, 10, 11)) == 2 * network
+    assert v5e.link_rate(256, range(256)) == v5e.rates.links
+    assert v5e.link_rate(256, range(16)) == v5e.rates.links / 2, "one of two dimensions"
+    assert v5e.link_rate(64, range(64)) == v5e.rates.links / 2, "eight are no ring"
+    assert v5p.link_rate(64, range(4)) == v5p.rates.links / 3
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (["sharded._fused", "transforms.scale_by_muon"], "muon"),
+        (["exchange._all_gather", "exchange.in_use", "train.mean_gradient"], "weights"),
+        (["exchange.reduced", "train.mean_gradient"], "gradients"),
+        (["exchange._gathered_backward", "exchange.AtRest.__getitem__"], "gradients"),
+        (["exchange.norm.<locals>.squares"], traffic.NUMBERS),
+        (["exchange.total", "loss.peak_and_total"], "activations"),
+        (["exchange.total", "exchange.whole_product", "model.Linear.multiply"], "activations"),
+        ([], traffic.UNKNOWN),
+        (["random.key"], traffic.UNKNOWN),
+    ],
+)
+def test_a_collective_is_for_what_its_frames_say(frames, expected):
+    (launch,) = module("  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[8]{0} all-reduce(%x), to_apply=%add").launches
+    known = tuple(Frame(*frame.split(".", 1)) for frame in frames)
+    assert traffic.purpose(dataclasses.replace(launch, frames=known)) == expected
+    few = dataclasses.replace(launch, frames=(), payload=8)
+    assert traffic.purpose(few) == traffic.NUMBERS, "XLA merges the two and loses their lines"
+
+
+def test_what_is_scattered_by_layer_are_gradients():
+    line = "  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[2]{0} reduce-scatter(%x), dimensions={0}, to_apply=%add"
+    (launch,) = module(line).launches
+    known = (Frame("exchange", "_gathered"), Frame("exchange", "AtRest.__getitem__"))
+    assert traffic.purpose(dataclasses.replace(launch, frames=known)) == "gradients"
+
+
+def test_what_was_compiled_stands_beside_what_was_expected():
+    found = [{"part": "weights", "kind": "all-gather", "axes": "fsdp", "launches": 1, "in_loops": 0, "overlap": 1,
+              "sent": 3e6, "seconds": 0.002}]  # fmt: skip
+    paper = [{"part": "weights", "kind": "all-gather", "axes": "fsdp", "arrays": 9, "sent": 4e6}]
+    text = "\n".join(traffic.markdown(found, paper))
+    assert "| all-gather over fsdp | 1 | 0 | 1 | 3.00 | 9 | 4.00 | 0.7500 | 2.00 |" in text
+    assert "| weights | 1 | 0 | 1 | 3.00 | 9 | 4.00 | 0.7500 | 2.00 |" in text
+    assert "| 3.00 | – | – | – | 2.00 |" in "\n".join(traffic.markdown(found, []))
 
 
 HEAD = """
@@ -427,6 +524,8 @@ def test_the_expected_flops_are_the_benchmarks():
     [
         (["--target", "h200"], "--target h200 is unknown; choose from h100, v5e"),
         (["--mesh", "3"], "--mesh 3 is not a number of h100 devices; choose 1, 2, 4, 8"),
+        (["--mesh", "rows=2"], "--mesh='rows=2' must be AXIS=DEVICES"),
+        (["--mesh", "fsdp=16"], "batch_size=24 does not divide among the data * fsdp = 16 devices"),
         (["--option", "fast"], "--option fast is not NAME=VALUE"),
         (["--preset", "sed"], "did you mean seed"),
         (["--against", "README.md"], "README.md is not a plan"),
@@ -511,15 +610,19 @@ def plan_of_the_host(out: Path, *more: str) -> dict:
 
 
 def test_the_command_counts_this_machines_program_and_two_devices_share_its_batch(tmp_path):
-    """Data parallel: each device holds the state, multiplies half of the rows and iterates Newton-Schulz for itself."""
+    """Data parallel: each device holds the state, multiplies half of the rows and iterates on its share of matrices."""
     alone = plan_of_the_host(tmp_path / "alone")
     assert alone["product_flops"] == alone["product_flops_expected"]
     assert alone["aliased"] == alone["state_arrays"] > 20 and alone["collectives"] == {}
     assert alone["float32_operands"] == sum(alone["products"].values()) > 0
     two = plan_of_the_host(tmp_path / "two", "--mesh", "2", "--against", str(tmp_path / "alone.json"))
     assert two["aliased"] == two["state_arrays"] == alone["state_arrays"]
-    assert two["product_flops"][parts.NEWTON_SCHULZ] == alone["product_flops"][parts.NEWTON_SCHULZ]
+    assert two["product_flops"][parts.HEAD] == alone["product_flops"][parts.HEAD] / 2
+    shares = [plan["product_flops"][parts.NEWTON_SCHULZ] for plan in (alone, two)]
+    assert shares[0] <= 2 * shares[1] < 2 * shares[0], "and a matrix of zeros where they do not divide"
     assert two["collectives"]["all-reduce"]["bytes"] >= 4 * 32 * 128, "at least the head's gradient"
+    sent, paper = (sum(one["sent"] for one in two[name]) for name in ("travels", "formula"))
+    assert sent == paper > 0 and {one["axes"] for one in two["travels"]} == {"data"}
     assert "### against tiny, 1 x 2 x 32 tokens" in (tmp_path / "two.md").read_text(encoding="utf-8")
 
 

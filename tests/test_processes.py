@@ -19,7 +19,7 @@ import pytest
 
 from harness.peers import ALONE, LOST
 from harness.records import readable_records
-from harness.state import load_state, state_folders
+from harness.state import find_state, load_state, state_folders
 from jax_impl import processes
 from jax_impl.processes import joined
 from recipe.config import HostsConfig, UserError
@@ -221,7 +221,7 @@ def as_one_then_killed(
         said = group.last_line(0)
         assert said.startswith(f"process 0 of {count}: lost a peer after step "), said
         assert f"; go on with: python train_jax.py --resume {group.run} --hosts.coordinator" in said
-        assert load_state(state_folders(group.run)[0]).position >= 2, "a sound state is left"
+        assert find_state(group.run, load_state)[1].position >= 2, "a sound state is left"
     alone = start(tmp_path, tmp_path / "alone.txt", *flags, "--mesh", mesh, out="alone", devices=count)
     with contextlib.closing(Killing(alone)):
         wait_for(trained(tmp_path / "alone", 6), alone)
@@ -311,7 +311,7 @@ def test_a_signal_to_any_of_four_stops_all_with_one_state(number, to, tmp_path):
         began = group.send(number, *to)
         assert group.codes() == [128 + number] * 4
         print(f"\n{signal.Signals(number).name} to {to}: {time.monotonic() - began:.2f} s")
-        position = load_state(state_folders(group.run)[0]).position
+        position = find_state(group.run, load_state)[1].position
         assert group.last_line(0).startswith(f"stopped by {signal.Signals(number).name} after step {position}; go on")
         said = [group.logs[index].read_text(encoding="utf-8").count("process ") for index in (1, 2, 3)]
         assert said == [int(index in to) for index in (1, 2, 3)], "one line from those that had it"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import recipe.cache
 import recipe.data
 from harness import cli, loop
 from harness.interruption import Interruption, Terminated
@@ -284,7 +285,7 @@ def test_a_signal_while_another_process_tokenises_ends_the_wait(short_run, whole
     data = dataclasses.replace(short_run.data, cache_dir=str(Path(short_run.out).parent / "new cache"))
     run = dataclasses.replace(short_run, data=data)
     with monkeypatch.context() as patch:
-        patch.setattr(recipe.data, "_take_scratch", lambda *_: moment.reach("waiting"))
+        patch.setattr(recipe.cache, "take_scratch", lambda *_: moment.reach("waiting"))
         assert moment.run(run, "waiting", 3, TERM) == 143
     err = capsys.readouterr().err
     assert "waiting for another process" in err

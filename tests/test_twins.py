@@ -17,6 +17,7 @@ ONE_SIDED_FILES = {
     "loss_kernel.py": "a GPU's loss in tiles; torch has no such kernel",
     "muon/matrices.py": "torch's layout is one: (fan_out, fan_in, ...)",
     "muon/sharded.py": "torch_ref runs on one device",
+    "scan.py": "torch compiles nothing",
     "processes.py": "torch_ref runs in one process",
     "sharding.py": "torch_ref runs on one device",
     "traffic.py": "torch_ref runs on one device",

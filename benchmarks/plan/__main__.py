@@ -1,5 +1,7 @@
 """Plan training updates for a device that is not here: `python -m benchmarks.plan --help`."""
 
+import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -15,9 +17,11 @@ from benchmarks.plan import report
 from benchmarks.plan.parts import costs
 from benchmarks.plan.program import Program
 from benchmarks.plan.targets import Target, get_target
+from benchmarks.plan.traffic import formula
 from harness.cli import end, parse
 from harness.surroundings import git_commit, installed_versions
 from recipe.config import RunConfig, UserError, require
+from recipe.mesh import MeshShape, parse_mesh
 
 SHOWN = ("jax", "jaxlib", "flax", "optax")
 """Packages that can change the program; a target's own come beside them."""
@@ -31,8 +35,15 @@ class PlanConfig:
     """The models and recipes, with commas between."""
     target: str = "h100"
     """The device: h100, v5e, v5p, v6e, or host for this machine's own processor, which is counted but not timed."""
-    mesh: int = 1
-    """Devices; the rows of every micro-batch are divided among them, the state is on each."""
+    mesh: str = "1"
+    """Devices by axis as the run's --mesh, e.g. data=4,fsdp=64; a number N is data=N: the rows of every micro-batch are
+    divided, the state is on each."""
+    gather: Literal["update", "layer"] = "update"
+    """The run's --gather."""
+    scan_layers: bool = False
+    """The run's --scan_layers: deep models compile in a fraction of the time."""
+    remat: bool = False
+    """The run's --precision.remat."""
     batch_size: int | None = None
     """Sequences per micro-batch, of all devices together; None takes the preset's."""
     sequence_length: int | None = None
@@ -63,7 +74,7 @@ class PlanConfig:
     """Folder that also gets every compiled program's text."""
 
     def __post_init__(self) -> None:
-        get_target(self.target).topology(self.mesh)
+        get_target(self.target).topology(self.shape.devices)
         for option in self.option:
             require("=" in option, f"--option {option} is not NAME=VALUE; write e.g. xla_gpu_autotune_level=0.")
 
@@ -72,9 +83,17 @@ class PlanConfig:
         """The options given."""
         return dict(option.split("=", 1) for option in self.option)
 
+    @property
+    def shape(self) -> MeshShape:
+        """The mesh."""
+        try:
+            return parse_mesh(f"data={self.mesh}" if self.mesh.isdecimal() else self.mesh) or MeshShape()
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
     def resolve(self, preset: str) -> RunConfig:
         """The preset with these settings over it."""
-        return job.resolve(
+        config = job.resolve(
             preset,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -87,6 +106,11 @@ class PlanConfig:
             matmul=self.matmul,
             attention=self.attention,
         )
+        mesh = str(self.shape) if self.shape.devices > 1 else ""
+        precision = dataclasses.replace(config.precision, remat=self.remat)
+        return dataclasses.replace(
+            config, mesh=mesh, gather=self.gather, scan_layers=self.scan_layers, precision=precision
+        )
 
 
 def plan(options: PlanConfig, preset: str) -> dict[str, Any]:
@@ -96,13 +120,14 @@ def plan(options: PlanConfig, preset: str) -> dict[str, Any]:
 
     target, config = get_target(options.target), options.resolve(preset)
     multiply = {"xla_gpu_enable_triton_gemm": options.products == "triton"} if target.platform == "cuda" else {}
-    compiled = compile_update(config, target, devices=options.mesh, options={**multiply, **options.compiler_options})
+    compiled = compile_update(config, target, options={**multiply, **options.compiler_options})
     if options.hlo:
         folder = Path(options.hlo)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{preset}-{target.name}.hlo.txt").write_text(compiled.text, encoding="utf-8")
     program = Program(compiled.text)
-    found = costs(program, config, target.rates, compiled.estimates)
+    devices = options.shape.devices
+    found = costs(program, config, target.rates, compiled.estimates, functools.partial(target.link_rate, devices))
     versions = installed_versions() | target.versions()
     return {
         "command": shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]]),
@@ -116,10 +141,11 @@ def plan(options: PlanConfig, preset: str) -> dict[str, Any]:
             found,
             config,
             target,
-            devices=options.mesh,
+            devices=devices,
             memory=compiled.memory,
             state_arrays=compiled.state_arrays,
             code=compiled.code,
+            formula=formula(config, compiled.tokens_at_once),
         ),
     }
 
@@ -159,7 +185,7 @@ def main() -> None:
     before = earlier(options.against, len(presets)) if options.against else []
     target = get_target(options.target)
     target.check_installed()
-    prepare(target, options.mesh)
+    prepare(target, options.shape.devices)
     plans, texts = [], []
     for index, preset in enumerate(presets):
         plans.append(plan(options, preset))

@@ -162,11 +162,14 @@ class Cost(NamedTuple):
     """False for a kernel whose FLOPs nobody states."""
 
 
-def costs(program: Program, config: RunConfig, rates: Rates | None, estimates=None) -> list[Cost]:
+def costs(
+    program: Program, config: RunConfig, rates: Rates | None, estimates=None, link_rate: Callable | None = None
+) -> list[Cost]:
     """Every launch of the program, with its part, its work and its paper time.
 
     A launch takes as long as the slowest of its products, its bytes, its random words and the smallest launch; launches
-    follow one another. A collective takes its bytes over the links, an all-reduce twice.
+    follow one another. A collective takes what it sends over the links, whose rate for a group of devices `link_rate`
+    says.
     """
     found = []
     for launch in program.launches:
@@ -178,6 +181,7 @@ def costs(program: Program, config: RunConfig, rates: Rates | None, estimates=No
             alone = flops / getattr(rates, rate), launch.bytes / rates.memory, drawn
             seconds = max(*alone, rates.least)
             if launch.collective:
-                seconds = max(seconds, launch.payload * (1 + (launch.collective == "all-reduce")) / rates.links)
+                joined = launch.groups[0] if launch.groups else ()
+                seconds = max(seconds, launch.sent / (link_rate(joined) if link_rate else rates.links))
         found.append(Cost(launch, part(launch, config.model), flops, words, seconds, alone, done is not None))
     return found

@@ -6,6 +6,7 @@ computation, and before them tables that name the source line of each. docs/plan
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -154,7 +155,9 @@ class Launch:
     words: int = 0
     """32-bit words of Threefry."""
     payload: int = 0
-    """Bytes that a collective sends: the larger of what a device hands in and what it gets."""
+    """Bytes of a collective's whole: the larger of what a device hands in and what it gets."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Which devices of the mesh, counted along it, a collective joins; empty where the text does not say."""
 
     @property
     def flops(self) -> int:
@@ -165,6 +168,20 @@ class Launch:
     def collective(self) -> str:
         """Which collective it is, or nothing."""
         return self.instruction.base if self.instruction.base in COLLECTIVES else ""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that leave a device in a collective: in a ring of g (g-1)/g of the whole, twice for an all-reduce."""
+        ways = len(self.groups[0]) if self.groups else 0
+        whole = self.payload * (1 + (self.collective == "all-reduce"))
+        return whole * (ways - 1) // ways if ways else whole
+
+    @property
+    def overlaps(self) -> bool | None:
+        """Whether other work goes on while a collective runs, as XLA has scheduled it; None if it does not say."""
+        if said := self.instruction.attribute(r'"is_sync":(true|false)'):
+            return said == "false"
+        return self.instruction.op.endswith("-start") or None
 
     @property
     def kernel(self) -> str:
@@ -254,6 +271,7 @@ class Program:
             products=tuple(products),
             words=sum(shifted) // ROUNDS if len(shifted) >= GROUP else 0,
             payload=payload,
+            groups=device_groups(i.attributes) if i.base in COLLECTIVES else (),
         )
 
     def _inside(self, name: str) -> Iterator[tuple[str, Instruction]]:
@@ -279,6 +297,20 @@ class Program:
         roots = [inner[o] for root in body if root.root for o in root.operands if root.op == "tuple"]
         roots = roots or [root for root in body if root.root]
         return read + sum(_written(root, inner) for root in roots)
+
+
+def device_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """The groups of a collective: written out, or as a grid of all devices that is turned and cut into rows."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        count, ways, dims = int(found[1]), int(found[2]), [int(size) for size in found[3].split(",")]
+        order = [int(axis) for axis in (found[4] or "").split(",") if axis] or list(range(len(dims)))
+        steps = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
+        places = itertools.product(*(range(dims[axis]) for axis in order))
+        flat = [sum(at * steps[axis] for at, axis in zip(place, order, strict=True)) for place in places]
+        return tuple(tuple(flat[row * ways : (row + 1) * ways]) for row in range(count))
+    found = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
+    rows = re.findall(r"\{([\d,]+)\}", found[1]) if found else []
+    return tuple(tuple(int(device) for device in row.split(",")) for row in rows)
 
 
 def _users(name: str, body: list[Instruction]) -> Iterator[tuple[Instruction, str]]:

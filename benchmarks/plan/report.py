@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.job import flops_per_update, part_flops
-from benchmarks.plan import parts
+from benchmarks.plan import parts, traffic
 from benchmarks.plan.machine_code import Code
 from benchmarks.plan.parts import Cost
 from benchmarks.plan.program import Program, Shape
 from benchmarks.plan.targets import Target
 from benchmarks.tables import table
 from recipe.config import RunConfig, to_dict
+from recipe.mesh import MeshShape, parse_mesh
 
 LARGEST = 5
 """Arrays that are named."""
@@ -29,6 +30,7 @@ def summarise(
     memory: Mapping[str, int],
     state_arrays: int,
     code: Mapping[str, Code],
+    formula: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """All that is known of one training step; numbers are a device's, an update's, bytes, FLOPs and seconds."""
     total = _sum(costs)
@@ -42,7 +44,10 @@ def summarise(
     for times, product in products:
         dtypes[product.dtypes] += times
     counted = flops_per_update(config)
-    rates = target.rates
+    rates, shape = target.rates, parse_mesh(config.mesh) or MeshShape()
+    on_links = sums[parts.COLLECTIVES]["seconds"] if parts.COLLECTIVES in sums else 0.0
+    # The longest way is one after another; the shortest hides all that travels behind what is computed, or all of that.
+    least = max(on_links, seconds - on_links)
     return {
         "target": target.name,
         "device": target.kind,
@@ -53,6 +58,15 @@ def summarise(
         "total": total,
         "tokens_per_second": tokens / seconds if seconds else None,
         "mfu": counted / devices / seconds / rates.products if rates and seconds else None,
+        "overlapped": {
+            "seconds": least,
+            "tokens_per_second": tokens / least,
+            "mfu_of_peak": counted / devices / least / rates.peak,
+        }
+        if rates and seconds
+        else None,
+        "mfu_of_peak": counted / devices / seconds / rates.peak if rates and seconds else None,
+        "seconds_on_links": on_links,
         "flops_counted": counted,
         "product_flops": _product_flops(costs),
         "product_flops_expected": expected_product_flops(config, logits_twice(costs)),
@@ -61,8 +75,10 @@ def summarise(
         "float32_operands": sum(n for n, p in products if "f32" in (p.left.dtype, p.right.dtype)),
         "fused_attention": sum(c.launch.times for c in costs if "fmha" in c.launch.instruction.target),
         "largest": [[str(shape), shape.bytes] for shape in _largest(program)],
-        "logits": sorted(str(shape) for shape in all_logits(program, config, devices)),
+        "logits": sorted(str(shape) for shape in all_logits(program, config, shape.rows)),
         "collectives": _collectives(costs),
+        "travels": traffic.travels(costs, shape),
+        "formula": formula or [],
         "memory": dict(memory),
         "device_memory": target.memory,
         "state_arrays": state_arrays,
@@ -152,11 +168,12 @@ def newton_schulz(program: Program, costs: list[Cost]) -> dict[str, Any]:
 
 
 def _collectives(costs: list[Cost]) -> dict[str, dict[str, int]]:
-    """Every kind of collective: how often it runs and how many bytes a device sends with it."""
+    """Every kind of collective: how often it runs, the bytes of the wholes, and those that leave a device."""
     found: dict[str, dict[str, int]] = {}
     for launch in (cost.launch for cost in costs if cost.launch.collective):
-        one = found.setdefault(launch.collective, {"launches": 0, "bytes": 0})
+        one = found.setdefault(launch.collective, {"launches": 0, "bytes": 0, "sent": 0})
         one["launches"] += launch.times
+        one["sent"] += launch.times * launch.sent
         one["bytes"] += launch.times * launch.payload
     return dict(sorted(found.items()))
 
@@ -214,9 +231,19 @@ def title(plan: Mapping[str, Any]) -> str:
     """Preset, shape, dropout, device."""
     config = plan["config"]
     shape = f"{config['accumulation']} x {config['batch_size']} x {config['sequence_length']}"
-    device = f"{plan['devices']} x {plan['device']}" if plan["devices"] > 1 else plan["device"]
+    device = plan["device"]
+    if plan["devices"] > 1:
+        axes = [f"{name}={size}" for name, size in _mesh(config).items() if size > 1]
+        how = [*axes, *(["by layer"] if config["gather"] == "layer" else [])]
+        device = f"{plan['devices']} x {device} ({', '.join(how)})"
+    extra = [name for name, on in (("loop over layers", config.get("scan_layers")),) if on]
+    extra += ["remat"] if config["precision"]["remat"] else []
     compute, dropout = config["precision"]["compute"], config["model"]["dropout"]
-    return f"{config['preset']}, {shape} tokens, {compute}, dropout {dropout:g}, {device}"
+    return f"{config['preset']}, {shape} tokens, {compute}, dropout {dropout:g}, {', '.join([*extra, device])}"
+
+
+def _mesh(config: Mapping[str, Any]) -> dict[str, int]:
+    return (parse_mesh(config["mesh"]) or MeshShape())._asdict()
 
 
 def markdown(plan: Mapping[str, Any]) -> str:
@@ -235,6 +262,7 @@ def markdown(plan: Mapping[str, Any]) -> str:
         "",
         *(f"- {line}" for line in _facts(plan)),
         "",
+        *(traffic.markdown(plan["travels"], plan["formula"]) if plan["travels"] else []),
         *_kernel_table(plan),
     ]
     return "\n".join(lines)
@@ -268,9 +296,18 @@ def _facts(plan: Mapping[str, Any]) -> list[str]:
             f"{plan['tokens_per_second']:,.0f} tokens/s on paper, MFU {plan['mfu']:.1%} of "
             f"{plan['rates']['products'] / 1e12:,.0f} TFLOP/s a device"
         )
+    if plan["travels"] and plan["overlapped"]:
+        hidden = plan["overlapped"]
+        facts.append(
+            f"step: {1e3 * plan['total']['seconds']:,.1f} ms if nothing overlaps, of which "
+            f"{1e3 * plan['seconds_on_links']:,.1f} ms on the links, MFU {plan['mfu_of_peak']:.1%} of the published "
+            f"peak; {1e3 * hidden['seconds']:,.1f} ms if all of it does, {hidden['tokens_per_second']:,.0f} tokens/s, "
+            f"MFU {hidden['mfu_of_peak']:.1%}"
+        )
     held = f"{memory['total'] / 2**30:,.2f} GiB a device"
     if plan["device_memory"]:
-        held += f", {memory['total'] / plan['device_memory']:.0%} of {plan['device_memory'] / 2**30:,.1f}"
+        fits = "fits" if memory["total"] <= plan["device_memory"] else "does not fit"
+        held += f", {memory['total'] / plan['device_memory']:.0%} of {plan['device_memory'] / 2**30:,.1f}: {fits}"
     facts.append(
         f"memory: {held}; arguments {_mib(memory['arguments'])}, of which {_mib(memory['aliased'])} are written in "
         f"place, temporaries {_mib(memory['temporaries'])} MiB"
@@ -278,8 +315,9 @@ def _facts(plan: Mapping[str, Any]) -> list[str]:
     )
     facts.append(f"state arrays written in place: {plan['aliased']} of {plan['state_arrays']}")
     counted, expected = plan["product_flops"], plan["product_flops_expected"]
-    ratios = ", ".join(f"{name} {counted[name] / expected[name]:.6f}" for name in counted)
-    facts.append(f"FLOPs of the products over `benchmarks.job`'s formula, on one device: {ratios}")
+    ratios = ", ".join(f"{name} {counted[name] * plan['devices'] / expected[name]:.6f}" for name in counted)
+    of = "on one device" if plan["devices"] == 1 else "of all devices"
+    facts.append(f"FLOPs of the products over `benchmarks.job`'s formula, {of}: {ratios}")
     kinds = ", ".join(f"{name}: {count:,}" for name, count in plan["products"].items())
     facts.append(f"products by dtype: {kinds}; with a float32 operand: {plan['float32_operands']:,}")
     calls = ", ".join(f"{name} {count:,}" for name, count in plan["library_calls"].items())

@@ -5,6 +5,7 @@ Imports no framework, so that a missing package is said before one is loaded.
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Sequence
 
 from recipe.config import require
 
@@ -22,7 +23,9 @@ class Rates:
     memory: float
     """Bytes/s."""
     links: float
-    """Bytes/s of one device to the others, in one direction."""
+    """Bytes/s of one device to the others, in one direction; of a torus over all its links."""
+    network: float
+    """Bytes/s of one device to those of other hosts, in one direction; 0 where links go from host to host."""
     least: float
     """Seconds that the smallest launch takes."""
     attention_forward: float
@@ -32,6 +35,8 @@ class Rates:
     """FLOP/s of products in kernels of our own."""
     threefry: float | None
     """Threefry-2x32 blocks/s; None where nobody has counted."""
+    peak: float
+    """Published FLOP/s of bfloat16 products, of which MFU is a share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,31 @@ class Target:
     """Number of devices -> XLA's name of a topology with so many."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables that must be set before jax is imported."""
+    dims: int = 1
+    """Dimensions of a torus."""
+    host: int = 0
+    """Devices of one host, beyond which the network begins; 0 where all devices of a slice are linked."""
+    wraps: int = 1
+    """Side of a torus of which this is a multiple before its ends are linked; ends that are not halve the rate."""
+
+    def link_rate(self, devices: int, group: Sequence[int]) -> float:
+        """Bytes/s that leave each device of a group, of a mesh of so many devices, while all groups talk at once.
+
+        Of hosts: a group within one has its links; one over several has, at each, the network of its members there. Of
+        a torus: a group no larger than a side has the links along it, a larger one all.
+        """
+        assert self.rates is not None
+        if self.host:
+            hosts = {device // self.host for device in group}
+            if len(hosts) < 2:
+                return self.rates.links
+            return min(self.rates.links, len(group) // len(hosts) * self.rates.network)
+        sides = [int(side) for side in self.topology(devices).rpartition(":")[2].split("x") if side != "1"]
+        if not sides:
+            return self.rates.links
+        wrapped = all(side % self.wraps == 0 for side in sides)
+        along = 1 if len(group) > max(sides) else 1 / max(len(sides), self.dims)
+        return self.rates.links * along * (1.0 if wrapped else 0.5)
 
     def topology(self, devices: int) -> str:
         """The name of a topology; `UserError` for a number that is not in the table."""
@@ -134,18 +164,36 @@ H100 = Target(
         wide_products=50e12,
         memory=3.0e12,
         links=400e9,
+        network=45e9,
         least=2e-6,
         attention_forward=550e12,
         attention_backward=420e12,
         kernels=500e12,
         threefry=132 * INTEGER_LANES * CLOCK / THREEFRY_INSTRUCTIONS,
+        peak=989e12,
     ),
     description=H100_PROTO,
-    topologies=tuple((count, f"1x1x{count}") for count in (1, 2, 4, 8)),
+    host=8,
+    topologies=(
+        *((count, f"1x1x{count}") for count in (1, 2, 4, 8)),
+        *((8 * hosts, f"1x{hosts}x8") for hosts in (2, 4, 8, 16, 32)),
+    ),
 )
 
 
-def _tpu(name: str, kind: str, *, tflops: float, gigabytes: float, links: float, memory: int, topologies, variable):
+def _tpu(
+    name: str,
+    kind: str,
+    *,
+    tflops: float,
+    gigabytes: float,
+    links: float,
+    memory: int,
+    topologies,
+    variable,
+    dims=2,
+    wraps=16,
+):
     """A TPU by Google's published peak: products at 0.8 of it, memory at 0.9, as assumed of the H100."""
     products = 0.8 * tflops * 1e12
     return Target(
@@ -161,13 +209,17 @@ def _tpu(name: str, kind: str, *, tflops: float, gigabytes: float, links: float,
             wide_products=products / 6,  # six bfloat16 passes make a float32 product
             memory=0.9 * gigabytes * 1e9,
             links=links * 1e9,
+            network=0.0,
             least=1e-6,
             attention_forward=products,
             attention_backward=products,
             kernels=products,
             threefry=None,
+            peak=tflops * 1e12,
         ),
         topologies=topologies,
+        dims=dims,
+        wraps=wraps,
         # Else libtpu asks a metadata server which machine this is.
         environment=(
             *(("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", variable)),
@@ -176,16 +228,22 @@ def _tpu(name: str, kind: str, *, tflops: float, gigabytes: float, links: float,
     )
 
 
+def _slices(name: str) -> tuple[tuple[int, str], ...]:
+    """Slices of a two-dimensional torus, up to a pod of 256."""
+    sides = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+    return tuple((rows * columns, f"{name}:{rows}x{columns}") for rows, columns in sides)
+
+
 TARGETS = {
     target.name: target
     for target in (
         H100,
         _tpu("v5e", "TPU v5e", tflops=197, gigabytes=819, links=200, memory=16, variable="v5litepod-1",
-             topologies=((1, "v5e:1x1"), (4, "v5e:2x2"), (8, "v5e:2x4"))),
-        _tpu("v5p", "TPU v5p", tflops=459, gigabytes=2765, links=600, memory=95, variable="v5p-8",
-             topologies=((4, "v5p:2x2x1"),)),
+             topologies=_slices("v5e")),
+        _tpu("v5p", "TPU v5p", tflops=459, gigabytes=2765, links=600, memory=95, variable="v5p-8", dims=3, wraps=4,
+             topologies=((4, "v5p:2x2x1"), (8, "v5p:2x2x2"), (16, "v5p:2x2x4"), (64, "v5p:4x4x4"), (128, "v5p:4x4x8"))),
         _tpu("v6e", "TPU v6e", tflops=918, gigabytes=1640, links=448, memory=32, variable="v6e-1",
-             topologies=((1, "v6e:1x1"), (4, "v6e:2x2"), (8, "v6e:2x4"))),
+             topologies=_slices("v6e")),
         Target(name="host", platform="", backend="cpu", kind="this machine's processor",
                topologies=tuple((count, "") for count in (1, 2, 4, 8))),
     )

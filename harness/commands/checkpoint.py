@@ -17,9 +17,9 @@ from harness import cli, generation_config
 from harness.folders import find_weights, load_folder, replacing, steadily, write_json, write_weights
 from harness.hf_config import unused
 from harness.manifest import MANIFEST, RUN, check_files, seal
-from harness.state import load_state, read_run, state_folders
+from harness.state import ARRAYS, TrainingState, load_state, read_run, state_folders
 from harness.tensors import Damaged
-from recipe.config import Dtype, UserError, require
+from recipe.config import Dtype, ModelConfig, UserError, require
 from recipe.params import param_counts
 from recipe.reading import read_json, short, some, take
 
@@ -47,30 +47,58 @@ class ExportCommand:
 def inspect(folder: Path) -> list[str]:
     """Lines that say what a folder holds: model, parameters, files, and of a state also steps, slots and norms."""
     hashes = check_files(folder, tensors=True)
+    if hashes is not None and (folder / ARRAYS).is_dir():
+        return _inspect_sharded(folder, hashes)
     config, weights = load_folder(folder)
-    counts, entries = param_counts(config), weights.entries.values()
+    entries = weights.entries.values()
     files, dtypes = {entry.file for entry in entries}, {entry.dtype for entry in entries}
-    fields = [f"{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]
     lines = [
-        f"folder     {folder}",
-        "model      " + ", ".join(fields),
-        f"parameters {counts.total:,} ({counts.muon:,} of Muon's, {counts.adamw:,} of AdamW's)",
+        *_model_lines(folder, config),
         f"weights    {_summary(weights)}, {', '.join(sorted(dtypes))}, {weights.nbytes:,} bytes, {len(files)} file(s)",
     ]
     if hashes is not None:
-        lines.append(f"sound      {len(hashes)} files have the hashes they were written with")
+        lines.append(_sound(hashes))
     if idle := unused(read_json(folder / "config.json")):
         lines.append(f"not used   of config.json: {some(idle)}")
     lines += [f"not used   {note}" for note in generation_config.notes(folder)]
     if (folder / "run.json").is_file():
-        state, (values, _) = load_state(folder), read_run(folder)
-        counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"
-        where = str(folder / "run.json")
-        by, at = (short(take(values, name, str, where, "?")) for name in ("framework", "saved"))
-        written = f"by {by} at {at}"
-        lines.append(f"state      {counted}, best validation loss {state.best:.4f}, {written}")
+        state = load_state(folder)
+        lines.append(_state_line(folder, state))
         lines += [f"{slot:<10} {_summary(arrays)}" for slot, arrays in state.slots.items()]
     return lines
+
+
+def _inspect_sharded(folder: Path, hashes: Mapping[str, Mapping]) -> list[str]:
+    """The same of a mesh's state, whose arrays no code without JAX reads; every byte of theirs has been hashed."""
+    state = load_state(folder)
+    sizes = [known["size"] for known in hashes.values() if "size" in known]
+    return [
+        *_model_lines(folder, state.config.model),
+        f"arrays     of mesh {state.config.mesh}, {sum(sizes):,} bytes, {len(sizes)} file(s)",
+        _sound(hashes),
+        _state_line(folder, state),
+    ]
+
+
+def _model_lines(folder: Path, config: ModelConfig) -> list[str]:
+    counts = param_counts(config)
+    fields = [f"{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)]
+    return [
+        f"folder     {folder}",
+        "model      " + ", ".join(fields),
+        f"parameters {counts.total:,} ({counts.muon:,} of Muon's, {counts.adamw:,} of AdamW's)",
+    ]
+
+
+def _sound(hashes: Mapping) -> str:
+    return f"sound      {len(hashes)} files have the hashes they were written with"
+
+
+def _state_line(folder: Path, state: TrainingState) -> str:
+    values, where = read_run(folder)[0], str(folder / "run.json")
+    counted = f"step {state.position} of {state.config.steps}: {state.updates} updates, {state.skipped} skipped"
+    by, at = (short(take(values, name, str, where, "?")) for name in ("framework", "saved"))
+    return f"state      {counted}, best validation loss {state.best:.4f}, by {by} at {at}"
 
 
 def _summary(tensors: Mapping[str, np.ndarray]) -> str:
@@ -95,6 +123,11 @@ def export(folder: Path, out: Path, dtype: Dtype) -> None:
         seal(scratch, MANIFEST, {}, written)
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is one of weights or a mesh's state, not one that holds such."""
+    return (folder / "config.json").is_file() or (folder / ARRAYS).is_dir()
+
+
 def main() -> None:
     """`python -m harness.commands.checkpoint inspect FOLDER` or `export FOLDER OUT [--dtype DTYPE]`."""
     command = cli.parse_command(
@@ -109,9 +142,9 @@ def main() -> None:
         return
     folder = Path(command.folder)
     parts = [folder / "best", *state_folders(folder)]
-    inside = [part for part in parts if (part / "config.json").is_file()]
+    inside = [part for part in parts if _is_ours(part)]
     damaged = []
-    for part in [folder] if (folder / "config.json").is_file() else inside or [find_weights(folder)]:
+    for part in [folder] if _is_ours(folder) else inside or [find_weights(folder)]:
         try:
             print("\n".join(steadily(part, inspect)))
         except (UserError, OSError) as error:

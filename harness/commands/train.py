@@ -21,7 +21,7 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 FREE_ON_RESUME = (
     *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "keep", "data.cache_dir"),
     *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
-    *("mesh", "gather", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
+    *("mesh", "gather", "scan_layers", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
 )
 """Fields that a resumed run may change: none of them moves a weight, but for those of a run that diverges."""
 
