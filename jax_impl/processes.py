@@ -79,6 +79,15 @@ class Processes:
         _WORDS.say(lambda: last_words(ABORTED))
 
 
+def meet(name: str) -> None:
+    """Wait until all processes of the run are here, if there are several.
+
+    The first collective of some devices gives its processes 30 s to come, on a CPU; the later ones any time.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 @contextlib.contextmanager
 def joined(hosts: HostsConfig) -> Iterator[Peers]:
     """The peers of this process while the block runs, `ALONE` without `hosts.coordinator`.

@@ -28,7 +28,7 @@ from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
-from jax_impl.processes import joined
+from jax_impl.processes import joined, meet
 from jax_impl.weights import (
     Params,
     bind,
@@ -238,6 +238,7 @@ def _with_precision(function, config: RunConfig):
             if not compiled:
                 function.lower(*args).compile()  # the call below finds the program
                 _return_freed_memory()
+                meet("compiled")
                 compiled = True
             return function(*args)
 

@@ -1690,6 +1690,82 @@ ON_A_GPU = (
     ),
 )
 
+SCAN, PLAN, SCALING = "tests/test_scan.py", "tests/test_plan.py", "tests/test_scaling.py"
+LOOPS = (
+    slip(
+        "loop over layers",
+        "all layers of a loop have the number 0",
+        "jax_impl.scan",
+        "jnp.arange(self.numbers.start, self.numbers.stop)",
+        "jnp.arange(self.numbers.stop - self.numbers.start) * 0",
+        f"{SCAN}::test_a_loop_gives_the_same_bits",
+    ),
+    slip(
+        "loop over layers",
+        "layers of all windows are one loop",
+        "jax_impl.scan",
+        "key=config.window_of_layer)",
+        "key=lambda layer: None)",
+        f"{SCAN}::test_layers_are_cut_where_their_window_changes",
+    ),
+    slip(
+        "loop over layers",
+        "every layer gets the gradient of its loop's first",
+        "jax_impl.scan",
+        'grads[f"{_LAYERS}{run}.{name}"][i]',
+        'grads[f"{_LAYERS}{run}.{name}"][0]',
+        f"{SCAN}::test_parameters_come_back_from_their_stacks_under_their_names",
+    ),
+    slip(
+        "loop over layers",
+        "scan_layers is a dead flag",
+        "jax_impl.scan",
+        "return stack if config.scan_layers else dict",
+        "return dict",
+        f"{SCAN}::test_parameters_come_back_from_their_stacks_under_their_names",
+    ),
+    slip(
+        "cost",
+        "a plan's collective sends the whole",
+        "benchmarks.plan.program",
+        "return whole * (ways - 1) // ways if ways else whole",
+        "return whole",
+        f"{PLAN}::test_the_groups_of_a_collective_are_read",
+    ),
+    slip(
+        "cost",
+        "a turned grid of devices is read as if it were not",
+        "benchmarks.plan.program",
+        "order = [int(axis) for axis in (found[4] or",
+        "order = [int(axis) for axis in (None or",
+        f"{PLAN}::test_the_groups_of_a_collective_are_read",
+    ),
+    slip(
+        "cost",
+        "a group over several hosts has its links",
+        "benchmarks.plan.targets",
+        "if len(hosts) < 2:",
+        "if True:",
+        f"{PLAN}::test_links_are_as_fast_as_the_group_allows",
+    ),
+    slip(
+        "cost",
+        "an update's gradients by layer are held whole",
+        "benchmarks.roofline",
+        'used = part if config.gather == "layer" else whole',
+        "used = whole",
+        f"{SCALING}::test_what_is_held_is_what_the_parameters_weigh",
+    ),
+    slip(
+        "cost",
+        "scaling compares a device's time, not its rows'",
+        "benchmarks.scaling",
+        'own / record["rows"] / (alone / first["rows"])',
+        "own / alone",
+        f"{SCALING}::test_a_row_costs_as_much_more_as_its_rounds_say",
+    ),
+)
+
 STREAMED = (
     slip(
         "data",
@@ -1974,4 +2050,5 @@ MUTANTS = (
     *COMPARISON,
     *ON_A_GPU,
     *TORCH,
+    *LOOPS,
 )

@@ -278,15 +278,26 @@ def test_links_are_as_fast_as_the_group_allows():
         (["exchange._all_gather", "exchange.in_use", "train.mean_gradient"], "weights"),
         (["exchange.reduced", "train.mean_gradient"], "gradients"),
         (["exchange._gathered_backward", "exchange.AtRest.__getitem__"], "gradients"),
-        (["exchange.norm.<locals>.squares"], "norm"),
+        (["exchange.norm.<locals>.squares"], traffic.NUMBERS),
+        (["exchange.total", "loss.peak_and_total"], "activations"),
         (["exchange.total", "exchange.whole_product", "model.Linear.multiply"], "activations"),
         ([], traffic.UNKNOWN),
+        (["random.key"], traffic.UNKNOWN),
     ],
 )
 def test_a_collective_is_for_what_its_frames_say(frames, expected):
     (launch,) = module("  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[8]{0} all-reduce(%x), to_apply=%add").launches
     known = tuple(Frame(*frame.split(".", 1)) for frame in frames)
     assert traffic.purpose(dataclasses.replace(launch, frames=known)) == expected
+    few = dataclasses.replace(launch, frames=(), payload=8)
+    assert traffic.purpose(few) == traffic.NUMBERS, "XLA merges the two and loses their lines"
+
+
+def test_what_is_scattered_by_layer_are_gradients():
+    line = "  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[2]{0} reduce-scatter(%x), dimensions={0}, to_apply=%add"
+    (launch,) = module(line).launches
+    known = (Frame("exchange", "_gathered"), Frame("exchange", "AtRest.__getitem__"))
+    assert traffic.purpose(dataclasses.replace(launch, frames=known)) == "gradients"
 
 
 def test_what_was_compiled_stands_beside_what_was_expected():

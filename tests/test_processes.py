@@ -4,13 +4,15 @@ In the normal suite two of them; more of them, and other moments, are slow.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import pytest
@@ -96,18 +98,31 @@ def test_which_errors_say_that_a_process_is_lost(error, reason):
 class Group:
     """Processes of one run, each of one device, and their logs; a context manager."""
 
-    def __init__(self, folder: Path, count: int, *flags: str, heartbeat: int = 100) -> None:
-        """All of them, begun: `folder` has the text, their caches and their logs, and the run in run/."""
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        *flags: str,
+        mesh: str = "",
+        heartbeat: int = 100,
+        launcher: Callable[[int, int], dict[str, str]] | None = None,
+    ) -> None:
+        """All of them, begun: `folder` has the text, their caches and their logs, and the run in run/.
+
+        `launcher(index, count)` has the variables by which they find each other, instead of flags.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.logs = [folder / f"process-{index}.txt" for index in range(count)]
         self.run = folder / "run"
-        self.processes = [
-            start(folder, log, *flags, "--mesh", f"data={count}", "--hosts.coordinator", f"127.0.0.1:{port}",
-                  "--hosts.count", str(count), "--hosts.index", str(index), "--hosts.heartbeat", str(heartbeat))
-            for index, log in enumerate(self.logs)
-        ]  # fmt: skip
+        flags = (*flags, "--mesh", mesh or f"data={count}", "--hosts.heartbeat", str(heartbeat))
+        address = ("--hosts.coordinator", "auto" if launcher else f"127.0.0.1:{port}")
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            place = () if launcher else ("--hosts.count", str(count), "--hosts.index", str(index))
+            more = launcher(index, count) if launcher else {}
+            self.processes.append(start(folder, log, *flags, *address, *place, more=more))
 
     def send(self, number: int, *indices: int) -> float:
         """Send a signal to these processes; when."""
@@ -131,7 +146,14 @@ class Group:
             process.wait()
 
 
-def start(folder: Path, log: Path, *flags: str, out: str = "run", devices: int = 1) -> subprocess.Popen:
+def start(
+    folder: Path,
+    log: Path,
+    *flags: str,
+    out: str = "run",
+    devices: int = 1,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen:
     """`train_jax.py`, whose output goes to the log, on so many devices of a CPU."""
     if not (folder / "text").exists():
         write_corpus(folder / "text")
@@ -141,7 +163,7 @@ def start(folder: Path, log: Path, *flags: str, out: str = "run", devices: int =
     new = () if "--resume" in flags else ("--data.corpus", str(folder / "text"), "--out", str(folder / out))
     with open(log, "wb") as output:
         command = [sys.executable, "train_jax.py", *new, *flags]
-        environment = settings(folder / "cache") | own
+        environment = settings(folder / "cache") | own | more
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
@@ -169,17 +191,24 @@ def test_two_processes_draw_the_masks_that_one_does(tmp_path):
     as_one_then_killed(tmp_path, "--accumulation", "2", "--batch_size", "4")
 
 
-def as_one_then_killed(tmp_path: Path, *more: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,fsdp=2"])
+def test_four_processes_compute_what_one_does(mesh, tmp_path):
+    """Two of them have the same rows under the first mesh. Sums are of two numbers, but for fsdp's of four."""
+    as_one_then_killed(tmp_path, "--batch_size", "4", count=4, mesh=mesh)
+
+
+def as_one_then_killed(tmp_path: Path, *more: str, count: int = 2, mesh: str = "data=2") -> None:
     flags = [*SMALL_FLOAT64, *more, *"--steps 100000 --log_every 1 --eval_every 100000 --save_every 2".split()]
-    with Group(tmp_path, 2, *flags) as group:
+    with Group(tmp_path, count, *flags, mesh=mesh) as group:
         wait_for(trained(group.run, 6), *group.processes)
         group.send(signal.SIGKILL, 1)
-        assert group.codes(but=[1]) == [LOST]
+        assert group.codes(but=[1]) == [LOST] * (count - 1)
         said = group.last_line(0)
-        assert said.startswith("process 0 of 2: lost a peer after step "), said
+        assert said.startswith(f"process 0 of {count}: lost a peer after step "), said
         assert f"; go on with: python train_jax.py --resume {group.run} --hosts.coordinator" in said
         assert find_state(group.run, load_state)[1].position >= 2, "a sound state is left"
-    alone = start(tmp_path, tmp_path / "alone.txt", *flags, "--mesh", "data=2", out="alone", devices=2)
+    alone = start(tmp_path, tmp_path / "alone.txt", *flags, "--mesh", mesh, out="alone", devices=count)
     with contextlib.closing(Killing(alone)):
         wait_for(trained(tmp_path / "alone", 6), alone)
     first, second = ([r for r in measured(run) if r["step"] <= 6] for run in (group.run, tmp_path / "alone"))
@@ -287,3 +316,22 @@ def test_four_processes_go_on_with_a_run_bit_for_bit(tmp_path):
     assert [r for r in measured(tmp_path / "run") if r["kind"] == "train"] == [
         r for r in measured(tmp_path / "whole") if r["kind"] == "train"
     ]
+
+
+def slurm(index: int, count: int) -> dict[str, str]:
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+    return job | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+
+
+def open_mpi(index: int, count: int) -> dict[str, str]:
+    job = {"OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 2**12}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": str(count)}
+    return job | {"OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_LOCAL_RANK": str(index)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_processes_find_each_other_by_what_their_launcher_says(launcher, tmp_path):
+    with Group(tmp_path, 2, *SMALL, "--steps", "2", launcher=launcher) as group:
+        assert group.codes() == [0, 0]
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert len([r for r in measured(tmp_path / "run") if r["kind"] == "train"]) == 2

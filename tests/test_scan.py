@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_impl import scan, sharding
+from jax_impl import backend, scan, sharding
 from jax_impl.train import init_state, make_evaluate, make_train_step
 from parity_tests import test_training
 from parity_tests.cases import FLOAT64, random_weights
@@ -53,6 +53,8 @@ def differing(config: RunConfig, updates: int = 1) -> list[str]:
     return [name for name in layers if layers[name].tobytes() != loop[name].tobytes()]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_loop_gives_the_updates_of_the_reference():
     """Three updates in float64, with dropout and accumulation; a window of all keys changes nothing but the loops."""
     model = dataclasses.replace(test_training.MODEL, sliding_window=7, max_window_layers=1)
@@ -60,6 +62,14 @@ def test_a_loop_gives_the_updates_of_the_reference():
     config = dataclasses.replace(test_training.config(FLOAT64, 3), model=model, scan_layers=True)
     history = test_training.record(JaxTraining(config, random_weights(model)), 3)
     test_training.compare(history, test_training.truth(3), UNIT_ROUNDOFF["float64"], 3)
+
+
+def test_a_loop_gives_the_same_bits(monkeypatch):
+    """The short version: one update and an evaluation of two layers, compiled without optimisation."""
+    quick = dataclasses.replace(backend.CPU, compiler_options=(("xla_backend_optimization_level", 0),))
+    monkeypatch.setitem(backend.MACHINES, "cpu", quick)
+    model = dataclasses.replace(MODEL, vocab_size=64, hidden_size=16, num_hidden_layers=2, max_window_layers=0)
+    assert differing(dataclasses.replace(RUN, model=model, batch_size=2, accumulation=1)) == []
 
 
 def test_layers_are_cut_where_their_window_changes():

@@ -1,6 +1,7 @@
 """Text without end: the tokens are those of the same documents read at once, and what lies on disk is known by hash."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -597,6 +598,18 @@ def test_a_file_that_changes_while_it_is_read_is_refused(config, monkeypatch):
     monkeypatch.setattr("recipe.streaming._Build._take", late)
     assert f"{file} changed while it was read; start again when it is whole" in refused(config)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("call", ["shards.ShardWriter.append", "streaming.write_whole", "streaming.make_folder"])
+def test_a_full_disk_is_one_line_and_the_build_goes_on(config, monkeypatch, call):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"recipe.{call}", refuse)
+        said = refused(config)
+    assert f"the cache {config.cache_dir} cannot be written (No space left on device); make room there" in said
+    assert load(config).train_tokens[:].tolist() == expected(config)[0]
 
 
 def test_a_file_that_goes_is_refused(config, monkeypatch):

@@ -303,7 +303,7 @@ def test_whoever_waits_goes_on_where_the_killed_one_was(config, whole):
         lines = [second.stderr.readline()]
         assert lines[0].startswith(WAITING)
         first.kill()
-        out, errors = second.communicate("\n", timeout=120)
+        out, errors = second.communicate("\n", timeout=300)
         assert "going on after " in errors and out.startswith("committed\n") and second.returncode == 0
         assert contents(Path(config.cache_dir)) == whole
     finally:
@@ -320,9 +320,9 @@ def test_whoever_waits_uses_what_the_first_has_built(config, whole):
         assert first.stdout.readline() == "committed\n"
         second = start(config)
         assert second.stderr.readline().startswith(WAITING)
-        out, _ = first.communicate("\n", timeout=120)
+        out, _ = first.communicate("\n", timeout=300)
         fingerprint = out.split()[-1]
-        out, errors = second.communicate("\n", timeout=120)
+        out, errors = second.communicate("\n", timeout=300)
         assert (out, errors) == (f"0 {fingerprint}\n", ""), "it commits nothing"
         assert contents(Path(config.cache_dir)) == whole
     finally:

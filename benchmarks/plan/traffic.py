@@ -15,17 +15,19 @@ from benchmarks.plan.program import Launch
 from benchmarks.tables import table
 from recipe.mesh import MeshShape
 
+NUMBERS = "loss and norm"
 RULES = {
     "muon": r"sharded\.",
     "gradients": r"exchange\.(reduced|_gathered_backward)",
     "weights": r"exchange\.(in_use|_all_gather|_gathered|AtRest)",
-    "norm": r"exchange\.norm",
-    "loss": r"loss\.",
+    NUMBERS: r"exchange\.norm|\w*loss\w*\.",
     "activations": r"exchange\.(total|spread|whole_product|_total|_spread)",
 }
 """What a collective is for -> what `file.function` of a frame begins with. The innermost frame is asked first."""
 UNKNOWN = "merged"
 """Collectives that XLA has made of several, and of which it has lost the lines."""
+FEW = 16
+"""Bytes; no more are in the loss and the norm, which XLA merges."""
 
 
 def purpose(launch: Launch) -> str:
@@ -33,8 +35,9 @@ def purpose(launch: Launch) -> str:
     for frame in launch.frames:
         for name, rule in RULES.items():
             if re.match(rule, str(frame)):
-                return name
-    return UNKNOWN
+                # By layer a gradient is scattered where its weight was gathered, and XLA knows that line alone.
+                return "gradients" if launch.collective == "reduce-scatter" else name
+    return NUMBERS if launch.payload <= FEW else UNKNOWN
 
 
 def axes_of(shape: MeshShape, groups: tuple[tuple[int, ...], ...]) -> str:
@@ -80,7 +83,7 @@ def formula(config, tokens_at_once: int | None) -> list[dict[str, Any]]:
 
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for one in traffic.sent(config, tokens_at_once=tokens_at_once):
-        key = (one.part, one.kind, "+".join(one.axes))
+        key = (NUMBERS if one.part in ("loss", "norm") else one.part, one.kind, "+".join(one.axes))
         row = found.setdefault(key, {"arrays": 0, "sent": 0})
         row["arrays"] += one.times
         row["sent"] += one.times * one.bytes
