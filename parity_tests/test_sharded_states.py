@@ -89,7 +89,8 @@ def test_the_gathered_state_has_every_bit_and_all_that_was_said(facts):
 
 def test_every_file_with_another_bit_is_named(facts):
     said = facts["flipped"]["said"]
-    assert len(said) > 5 and all(f"{name} is not what was written" in line for name, line in said.items())
+    assert any("/d/" in name for name in said), "how many files there are, TensorStore decides"
+    assert all(f"{name} is not what was written" in line for name, line in said.items())
     assert facts["flipped"]["whole"] == []
 
 
