@@ -140,8 +140,8 @@ def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE
     """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
     picture, best weights, last states, samples.
 
-    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights; `make_trainer.read_sharded(folder,
-    config)`, if it has that, gives weights and slots of a mesh's arrays, for such a trainer and its `restore`. What can
+    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights; its `read_sharded(folder, config)`,
+    if it has that, gives weights and slots of a mesh's arrays, for such a trainer and its `restore`. What can
     be known to be wrong raises UserError before the folder is made or touched. A run that came to nothing ends the
     process with one line and exit code 1, one that a signal stops with a line that says how to go on.
 

@@ -192,13 +192,27 @@ def test_two_processes_draw_the_masks_that_one_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,fsdp=2"])
-def test_four_processes_compute_what_one_does(mesh, tmp_path):
-    """Two of them have the same rows under the first mesh. Sums are of two numbers, but for fsdp's of four."""
-    as_one_then_killed(tmp_path, "--batch_size", "4", count=4, mesh=mesh)
+def test_four_processes_compute_what_one_does(tmp_path):
+    """Two of them have the same rows, and sums are of two numbers."""
+    as_one_then_killed(tmp_path, "--batch_size", "4", count=4, mesh="data=2,tensor=2")
 
 
-def as_one_then_killed(tmp_path: Path, *more: str, count: int = 2, mesh: str = "data=2") -> None:
+@pytest.mark.slow
+def test_four_processes_have_the_loss_of_one_but_for_the_order_of_sums(tmp_path):
+    """A batch's loss is a sum of four devices' sums, all above 0: three additions on either side, with a rounding each,
+    and the division by the tokens."""
+    processes, one = as_one_then_killed(tmp_path, "--batch_size", "4", count=4, mesh="data=2,fsdp=2", exact=False)
+    for kind, step in (("validation", 0), ("train", 1)):
+        loss, same = (
+            next(r["loss"] for r in records if (r["kind"], r["step"]) == (kind, step)) for records in (processes, one)
+        )
+        assert abs(loss - same) <= 2 * (3 + 1) * 2.0**-53 * same
+
+
+def as_one_then_killed(
+    tmp_path: Path, *more: str, count: int = 2, mesh: str = "data=2", exact: bool = True
+) -> list[list[dict]]:
+    """The first records of several processes, of which one is then killed, and of one that has all their devices."""
     flags = [*SMALL_FLOAT64, *more, *"--steps 100000 --log_every 1 --eval_every 100000 --save_every 2".split()]
     with Group(tmp_path, count, *flags, mesh=mesh) as group:
         wait_for(trained(group.run, 6), *group.processes)
@@ -212,7 +226,9 @@ def as_one_then_killed(tmp_path: Path, *more: str, count: int = 2, mesh: str = "
     with contextlib.closing(Killing(alone)):
         wait_for(trained(tmp_path / "alone", 6), alone)
     first, second = ([r for r in measured(run) if r["step"] <= 6] for run in (group.run, tmp_path / "alone"))
-    assert first == second and len(first) == 1 + 1 + 6
+    assert len(first) == len(second) == 1 + 1 + 6
+    assert first == second or not exact
+    return [first, second]
 
 
 class Killing:
