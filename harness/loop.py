@@ -140,9 +140,10 @@ def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE
     """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
     picture, best weights, last states, samples.
 
-    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights. What can be known to be wrong
-    raises UserError before the folder is made or touched. A run that came to nothing ends the process with one line and
-    exit code 1, one that a signal stops with a line that says how to go on.
+    `make_trainer(config, weights)` builds the framework's `Trainer` on these weights; `make_trainer.read_sharded`, if
+    there is one, makes weights and slots of a mesh's arrays, for such a trainer and its `restore`. What can be known to
+    be wrong raises UserError before the folder is made or touched. A run that came to nothing ends the process with one
+    line and exit code 1, one that a signal stops with a line that says how to go on.
 
     Of several `peers` every process calls this with the same configuration but for `hosts`. The chief has the folder,
     the log and the picture; a process that loses another says so in one line and is ended at once, with exit code 75.

@@ -44,6 +44,7 @@ class StoredArrays(LazyArrays):
 
         def read(name: str) -> np.ndarray:
             path = paths[name]
+            # What is there says its dtype; the one given here is not asked for.
             leaf = {part: {path: jax.ShapeDtypeStruct(hf_shape(path, shapes[name]), np.float32)}}
             as_numpy = {part: {path: ocp.RestoreArgs(restore_type=np.ndarray)}}
             tree = reader.restore(folder, args=ocp.args.PyTreeRestore(leaf, as_numpy, partial_restore=True))

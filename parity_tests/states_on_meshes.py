@@ -6,6 +6,7 @@ it trains as train_jax.py does and stops as one who is killed before update STEP
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -157,7 +158,7 @@ def flipped(folder: Path) -> dict:
     config = a_config(folder / "flipped", "data=2,fsdp=4")
     trainer, parts = begun(config)
     place, said = save(config, trainer), {}
-    for name in [*(manifest_of(place) or {})][::3]:
+    for name in [*(manifest_of(place) or {})][::2]:
         data = (place / name).read_bytes()
         other = bytearray(data)
         other[len(data) // 2] ^= 4
@@ -208,6 +209,29 @@ def main(folder: Path) -> None:
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def gather_growth(folder: Path) -> None:
+    """Print the bytes of the largest tensor, those of a state, and by how many gathering made this process larger.
+
+    Run twice: the first time it writes the state.
+    """
+    model = dataclasses.replace(MODEL, vocab_size=8192, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4)
+    config = dataclasses.replace(a_config(folder / "large", "fsdp=8"), model=model)
+    if not (folder / "large").is_dir():
+        save(config, begun(config)[0])
+        return
+    sizes = {name: 4 * math.prod(spec.shape) for name, spec in param_specs(model).items()}
+    total = sum(sizes.values()) + sum(4 * math.prod(shape) for shape in slot_shapes(model).values())
+    before = _resident("VmRSS")
+    gather(GatherCommand(str(folder / "large")))
+    print(json.dumps([max(sizes.values()), total, _resident("VmHWM") - before]))
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process's memory, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
 def train_until(stop: int, flags: list[str]) -> None:
     """Train as `train_jax.py` would, and end at once before update `stop`, from 1, is begun; never with 0."""
 
@@ -222,7 +246,9 @@ def train_until(stop: int, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
+    if sys.argv[1] == "memory":
+        gather_growth(Path(sys.argv[2]))
+    elif len(sys.argv) == 2:
         main(Path(sys.argv[1]))
     else:
         train_until(int(sys.argv[1]), sys.argv[2:])

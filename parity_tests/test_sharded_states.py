@@ -89,7 +89,8 @@ def test_the_gathered_state_has_every_bit_and_all_that_was_said(facts):
 
 def test_every_file_with_another_bit_is_named(facts):
     said = facts["flipped"]["said"]
-    assert len(said) > 5 and all(f"{name} is not what was written" in line for name, line in said.items())
+    assert any("/d/" in name for name in said), "how many files there are, TensorStore decides"
+    assert all(f"{name} is not what was written" in line for name, line in said.items())
     assert facts["flipped"]["whole"] == []
 
 
@@ -307,3 +308,14 @@ def test_a_run_goes_from_1_to_8_to_4_to_1_devices(tmp_path, corpus):
         for name, array in arrays.items():
             given = one.weights[name] if part_of == "weights" else one.slots[part_of][name]
             check(f"{part_of} {name}", given, array, allowance)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_gathering_holds_a_few_tensors_and_not_the_state(tmp_path):
+    """One is read, transposed and written at a time, and Orbax's buffers hold some more."""
+    in_a_process(8, "memory", str(tmp_path))
+    largest, total, growth = json.loads(in_a_process(1, "memory", str(tmp_path)))
+    print(f"\nlargest {largest:,}, state {total:,}, grown by {growth:,} bytes")
+    assert 12 * largest < total and growth < total / 2
