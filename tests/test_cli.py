@@ -99,7 +99,7 @@ MISTAKES = {
     "--steps=": ["--steps", "int"],
     "--muon.beta x": ["--muon.beta", "x", "float"],
     "--model.qk-norm yes": ["--model.qk-norm", "yes", "True or False"],
-    "--data.split x": ["--data.split", "documents, leaking-windows"],
+    "--data.split x": ["--data.split", "documents, hashed, leaking-windows"],
     "--data.max-tokens x": ["--data.max-tokens", "int", "None"],
     "tiny": ["tiny"],
     "--steps 3 4": ["4"],

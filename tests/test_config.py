@@ -139,7 +139,7 @@ def test_rules_between_fields(part, values, message):
         (MuonConfig, {"ns_steps": 5.0}, "muon.ns_steps=5.0 must be a whole number (int); choose e.g. 5."),
         (AdamWConfig, {"decay_norms": 0}, "adamw.decay_norms=0 must be True or False"),
         (ScheduleConfig, {"final_factor": "0"}, "schedule.final_factor='0' must be a number (float)"),
-        (DataConfig, {"split": "x"}, "data.split='x' must be one of documents, leaking-windows;"),
+        (DataConfig, {"split": "x"}, "data.split='x' must be one of documents, hashed, leaking-windows;"),
         (SamplingOptions, {"top_k": 2.5}, "top_k=2.5 must be a whole number (int); choose e.g. 0."),
         (SamplingOptions, {"stop": "ab"}, "stop='ab' must be a tuple, each part a text (str)"),
         (ModelConfig, {"max_window_layers": -1}, "=-1 must be a whole number of at least 0; choose e.g. 0."),
