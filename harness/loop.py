@@ -504,7 +504,7 @@ class _Run:
         began = watch.since or watch.step
         diagnosis: Diagnosis | str
         try:
-            diagnosis = self.trainer.diagnose(*self._whole_batch(began), position=began - 1)
+            diagnosis = self.trainer.diagnose(*self._batch(began, whole=True), position=began - 1)
         except Exception as error:  # whatever is wrong with it, the reason to stop matters more
             diagnosis = f"{type(error).__name__}: {error}"
         # The loss of update `began` is that of the weights before it, so the state in between may be bad itself.
@@ -563,18 +563,10 @@ class _Run:
             if not any(values.items() <= record.items() for record in logged):
                 self.log.rollback(self.position, values)
 
-    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an update, as far as this process needs them."""
-        return self._rows(self._whole_batch(step))
-
-    def _whole_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config))
-
-    def _rows(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of each micro-batch the rows that this process's devices hold."""
-        rows = getattr(self.trainer, "rows_of_batch", slice(None))
-        inputs_ABT, targets_ABT = batch
-        return inputs_ABT[:, rows], targets_ABT[:, rows]
+    def _batch(self, step: int, *, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of an update; unless `whole`, only the rows that this process's devices hold are read."""
+        rows = None if whole else getattr(self.trainer, "rows_of_batch", None)
+        return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config), rows=rows)
 
     def _evaluation_due(self, step: int) -> bool:
         return step == self.config.steps or step % self.config.eval_every == 0

@@ -1892,10 +1892,10 @@ SEVERAL = (
     ),
     slip(
         "several processes",
-        "a process's targets are of all rows",
+        "a process reads all rows",
         "harness.loop",
-        "return inputs_ABT[:, rows], targets_ABT[:, rows]",
-        "return inputs_ABT[:, rows], targets_ABT",
+        "**_batch_shape(self.config), rows=rows)",
+        "**_batch_shape(self.config))",
         f"{HOSTS}::test_each_reads_only_its_rows",
     ),
     slip(
