@@ -85,7 +85,7 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         "Written by `make mutants` (`python -m parity_tests.mutants`). Each row is one edit of the source, planted",
         "while Python imports the module, and the first test that failed under it. The edits are in",
-        "`parity_tests/mutant_catalogue.py` and `parity_tests/mutant_gaps.py`.",
+        "`parity_tests/mutant_catalogue.py`, `parity_tests/mutant_gaps.py` and `parity_tests/mutant_meshes.py`.",
         "",
         f"{caught} of {len(outcomes)} caught. Of commit {git_commit()}.",
         "",
