@@ -363,6 +363,8 @@ class Trainer:
 def train(config: RunConfig) -> None:
     """Train as configured and leave the run folder `config.out`."""
     with joined(config.hosts) as peers:
+        if shape := parse_mesh(config.mesh):
+            sharding.make_mesh(shape)  # before the text is read
         loop.run(config, framework="jax", make_trainer=Trainer, peers=peers)
 
 
