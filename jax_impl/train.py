@@ -193,12 +193,13 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm)
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, unchanged)
         lr = config.muon.learning_rate * schedule(state.step)
-        if layout:  # where it lay before, in the same words, or the next update would be another program
-            lies = sharding.state_shardings(layout, mesh, new_state)
-            new_state = jax.lax.with_sharding_constraint(new_state, lies)
         return new_state, {"loss": mean_loss, "grad_norm": grad_norm, "lr": lr, "skipped": new_state.skipped}
 
-    jitted = jax.jit(train_step, donate_argnums=0, compiler_options=dict(options))
+    lies = None
+    if layout:  # where it lay before, in the same words, or the next update would be another program
+        state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        lies = (state, sharding.of_param(layout, mesh, ""))
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=lies, compiler_options=dict(options))
     return _with_precision(jitted, config)
 
 

@@ -212,6 +212,25 @@ def gathered_as_bits(jaxpr, bits: str) -> int:
     return count
 
 
+@pytest.mark.slow
+def test_a_mesh_of_one_device_changes_nothing():
+    """A mesh whose axes all have one device takes the same way, sends nothing, and computes the same bits."""
+    config = dataclasses.replace(config_of("data"), mesh="data=1,tensor=1")
+    results = []
+    with jax.enable_x64(True):
+        for mesh_config in (config, dataclasses.replace(config, mesh="")):
+            mesh = jax.make_mesh((1, 1, 1), MeshShape._fields, devices=jax.devices()[:1]) if mesh_config.mesh else None
+            state = train.init_state(mesh_config, random_weights(config.model), mesh)
+            step = train.make_train_step(mesh_config, mesh)
+            for batch in batches(config.model):
+                state, metrics = step(state, *sharding.placed(mesh, *batch))
+            numbers = [float(metrics["loss"]), float(metrics["grad_norm"])]
+            results.append([*numbers, *map(np.asarray, state.params.values())])
+            assert step.__wrapped__._cache_size() == 1
+    for ours, theirs in zip(*results, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
 # Where things lie.
 def layout(mesh: str, **model) -> sharding.Layout:
     return sharding.Layout(dataclasses.replace(get_preset("qwen3-0.6b").model, **model), parse_mesh(mesh))
