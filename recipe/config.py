@@ -472,8 +472,8 @@ class RunConfig:
     """When what fsdp divides is gathered: update once for all micro-batches, which sends least; layer where each layer
     needs it, micro-batch by micro-batch, which holds least."""
     scan_layers: bool = False
-    """In JAX a loop over the layers instead of one after another: a deep model compiles in a fraction of the time, and
-    its matrices are held once more, in stacks. The same update."""
+    """In JAX a loop over the layers instead of one after another, traced in a third of the time; best with remat, as
+    what is kept of each layer goes through stacks. The same update (docs/scaling.md has what it costs)."""
     profile_steps: int = 0
     """Updates to trace, after the first 3, into the run folder's profile/ (docs/performance.md); 0 traces none."""
     tensorboard: bool = False

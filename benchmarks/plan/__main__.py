@@ -41,7 +41,7 @@ class PlanConfig:
     gather: Literal["update", "layer"] = "update"
     """The run's --gather."""
     scan_layers: bool = False
-    """The run's --scan_layers: deep models compile in a fraction of the time."""
+    """The run's --scan_layers."""
     remat: bool = False
     """The run's --precision.remat."""
     batch_size: int | None = None
