@@ -62,9 +62,8 @@ class ShardWriter:
         if not self.open_tokens:
             return
         file = self._open_file
-        if (
-            self.open_tokens < SHARD_TOKENS
-        ):  # Never in place: what is on disk of an open shard stays until it is closed.
+        if self.open_tokens < SHARD_TOKENS:
+            # Never in place: what is on disk of an open shard stays until it is closed.
             shorter = file.with_name(f".{file.name}.new")
             with open(file, "rb") as stream, open(shorter, "wb") as copy:
                 copy.write(header(self.dtype, self.open_tokens))
