@@ -75,7 +75,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *path: int) -> jax
         return x
     columns = x.shape[-1]
     rows = x.size // columns
-    first = exchange.first_row(rows), exchange.first("ffn", columns) if path[-1] == FFN_HIDDEN else 0
+    first = exchange.first_row(rows), exchange.first("ffn", columns) if path[-1:] == (FFN_HIDDEN,) else 0
     decided = decisions(fold_in(key, *path), range(rows), range(columns), rate, first)
     return drop(x, decided.reshape(*x.shape[:-1], -1), rate, 0)
 

@@ -60,7 +60,7 @@ MUTANTS = (
     on_a_mesh(
         "the feed-forward layer's masks begin anew on each device",
         "random",
-        'exchange.first("ffn", columns) if path[-1] == FFN_HIDDEN else 0',
+        'exchange.first("ffn", columns) if path[-1:] == (FFN_HIDDEN,) else 0',
         "0",
         f"{UPDATES}[all]",
     ),

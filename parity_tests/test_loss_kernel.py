@@ -26,6 +26,8 @@ from parity_tests.sides import JaxModel
 KERNEL = dataclasses.replace(backend.CPU, loss_kernel_up_to=backend.GPU.loss_kernel_up_to)
 """A CPU that interprets the kernel."""
 DTYPES = ("float64", "float32", "bfloat16")
+MOST = [pytest.param(dtype, marks=[pytest.mark.slow] * (dtype == "float32")) for dtype in DTYPES]
+"""What lies between the other two every night."""
 # Tiles of 128 tokens, 256 logits, 64 features, eight to a segment: one token, logit and feature more than a tile or
 # a segment has; all of them multiples; less than one tile; hidden sizes of the presets.
 REAL = {"one-more": (129, 2049, 65), "multiples": (128, 2304, 384), "small": (14, 53, 30), "257": (130, 257, 40)}
@@ -135,13 +137,13 @@ def judge(sizes, dtype: str, size: float = 1.0) -> None:
     np.testing.assert_array_equal(correct, (x @ head.T).argmax(-1) == targets)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("name", REAL)
 def test_the_loss_and_its_gradients(name, dtype):
     judge(REAL[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("name", SMALL)
 def test_many_tiles_and_segments(name, dtype, small_tiles):
     judge(SMALL[name], dtype)

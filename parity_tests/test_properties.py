@@ -235,7 +235,9 @@ def test_attention_takes_as_many_rows_at_once_as_the_caches_hold(monkeypatch):
     assert jax_impl.attention.chunk_count(4, 2**21) == 1
 
 
-@pytest.mark.parametrize("dropout_seed", [None, 4], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "dropout_seed", [pytest.param(None, id="plain"), pytest.param(4, id="dropout", marks=pytest.mark.slow)]
+)
 def test_computing_blocks_again_changes_nothing(twin, dropout_seed):
     """Nor does it in the backward pass, whose masks have to be those of the forward pass."""
     model = dataclasses.replace(MODEL, dropout=0.2)

@@ -87,7 +87,12 @@ MADE = (
 def once(make):
     """A run's functions, compiled once for all runs that differ in their folder alone."""
     cached = functools.cache(make)
-    return lambda config: cached(dataclasses.replace(config, out="", resume="", on_divergence="stop", max_rollbacks=1))
+
+    def made(config, *mesh):
+        alike = dataclasses.replace(config, out="", resume="", on_divergence="stop", max_rollbacks=1)
+        return cached(alike, *mesh)
+
+    return made
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -81,9 +81,10 @@ class ShardWriter:
         return self.folder / f"{self.side}-{len(self.shards):05}.npy"
 
     def _write(self, tokens: np.ndarray) -> None:
-        if not self.open_tokens:
-            self._open_file.write_bytes(header(self.dtype, SHARD_TOKENS))
         with open(self._open_file, "ab") as stream:
+            if not self.open_tokens:
+                stream.truncate(0)
+                stream.write(header(self.dtype, SHARD_TOKENS))
             stream.write(tokens.astype(self.dtype).tobytes())
         self.open_tokens += len(tokens)
 

@@ -54,6 +54,7 @@ def test_missing_plays_say_what_to_do(monkeypatch):
         load_documents(DataConfig())
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_a_corpus():
     documents = load_documents(DataConfig(corpus="stdlib"))
     assert sum(map(len, documents.texts)) > 1_000_000

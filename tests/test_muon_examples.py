@@ -19,7 +19,7 @@ def test_there_is_one_for_each_library():
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, marks=[pytest.mark.slow] * ("nnx" not in file.stem), id=file.stem) for file in EXAMPLES],
+    [pytest.param(file, marks=pytest.mark.slow, id=file.stem) for file in EXAMPLES],
 )
 def test_an_example_runs_and_learns(file):
     command, environment = [sys.executable, "-W", "error", str(file)], os.environ | {"PYTHONPATH": str(ROOT)}

@@ -42,6 +42,7 @@ def finished(tmp_path_factory):
     return folder / "toy", flags
 
 
+@pytest.mark.slow
 def test_a_toy_run_leaves_lines_a_table_and_a_picture(finished):
     out, _ = finished
     session, *lines = lines_of(out)
@@ -66,6 +67,7 @@ def test_a_toy_run_leaves_lines_a_table_and_a_picture(finished):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(finished, monkeypatch, capsys):
     out, flags = finished
     file = out.with_suffix(".jsonl")
@@ -149,6 +151,7 @@ def test_a_mistake_is_one_line(flags, message, capsys):
     assert message in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_file_of_other_settings_is_refused(finished, tmp_path, capsys):
     _, flags = finished
     assert cli.run(lambda: muon_training.main([*flags, "--batch_size", "3"])) == 2
