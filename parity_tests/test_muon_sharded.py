@@ -157,6 +157,7 @@ def test_values_are_those_of_whole_matrices(runs, name):
     check_leaves(name, LEAVES[name], results, lambda _, limit: limit)
 
 
+@pytest.mark.slow
 def test_so_are_those_of_the_unsharded_update_and_without_a_mesh():
     """So sharded and unsharded differ by two allowances at most."""
     matrices = [matrix for _, matrix, _ in MIXED.values()]

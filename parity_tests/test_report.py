@@ -70,7 +70,9 @@ def test_the_twins_and_transformers_agree_in_every_dtype(everything):
     assert all(row.errors[side] > 0 for row in narrow for side in row.errors)
 
 
-@pytest.mark.parametrize("variant", ["bias", "untied", "window", "no-qk-norm"])
+@pytest.mark.parametrize(
+    "variant", ["no-qk-norm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bias", "untied", "window"))]
+)
 def test_transformers_has_every_variant_at_the_same_taps(variant):
     found = report("float32", model=VARIANTS[variant])
     assert found.exit_code == 0, found.verdict()
@@ -375,6 +377,7 @@ def test_mistakes_are_one_line(flags, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_runs(tmp_path):
     save_folder(tmp_path / "weights", SMALL, random_weights(SMALL))
     command = [sys.executable, "-m", "parity_tests", "--weights", str(tmp_path / "weights"), "--dtype", "float32"]

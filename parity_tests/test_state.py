@@ -50,7 +50,7 @@ def second_half(side: str, folder):
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("begun", "ended"), [("torch", "jax"), ("jax", "torch")])
 def test_a_run_goes_on_in_the_other_framework(begun, ended, precision, half, tmp_path, record_property):
     """Every metric, weight and slot after each update of the second half, against one float64 run in torch."""
@@ -66,7 +66,7 @@ def test_a_run_goes_on_in_the_other_framework(begun, ended, precision, half, tmp
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", SIDES)
 def test_a_run_goes_on_in_the_same_framework_bit_for_bit(side, precision, half, tmp_path):
     first_half(side, precision, half, tmp_path / "state")

@@ -166,6 +166,7 @@ def test_three_hundred_updates_agree_in_float64(record_property):
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 1.0, "a run that learns nothing proves little"
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_mean_over_all_rows():
     """3 micro-batches of 2 rows make the update of one micro-batch of 6, without dropout."""
     plain = dataclasses.replace(config(FLOAT64), model=dataclasses.replace(MODEL, dropout=0.0))

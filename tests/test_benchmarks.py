@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
     return done, out
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_rows_that_agree_and_add_up(finished):
     done, out = finished
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
@@ -97,6 +98,7 @@ def test_one_worker_at_a_time_is_started_twice_and_shows_the_warm_cache(tmp_path
     assert rows["seed"]["contract"]["attention"] == "SDPA, K/V heads repeated"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn_as_curves(finished, tmp_path):
     rows = [json.loads(line) for line in finished[1].with_suffix(".jsonl").read_text().splitlines()]
     assert not report.plot_scaling(rows, tmp_path / "none.png") and not list(tmp_path.iterdir())
@@ -123,6 +125,7 @@ def test_the_compiler_knows_the_flags_of_every_preset():
     assert XLA_PRESETS["none"] == "" == ThroughputConfig(xla_preset="none").xla_preset.removeprefix("none")
 
 
+@pytest.mark.slow
 def test_results_are_never_overwritten(finished):
     _, out = finished
     with pytest.raises(FileExistsError, match=r"never overwritten; choose another --out"):

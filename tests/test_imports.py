@@ -260,6 +260,7 @@ def test_the_check_of_the_comparison_can_fail(source, found):
     assert of_others(ast.parse(source)) == found
 
 
+@pytest.mark.slow
 def test_the_comparison_of_ports_imports_with_the_rest_out_of_reach():
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in COMPARE_FILES]
     assert {COMPARE, f"{COMPARE}.__main__", f"{COMPARE}.modules"} <= set(names)

@@ -33,6 +33,7 @@ def finished(tmp_path_factory):
     return done, folder / "small", flags
 
 
+@pytest.mark.slow
 def test_rows_add_up(finished):
     done, out, _ = finished
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
@@ -49,6 +50,7 @@ def test_rows_add_up(finished):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_results_are_not_overwritten_and_bad_values_are_refused(finished):
     _, out, flags = finished
     again = run(*flags, "--out", str(out))

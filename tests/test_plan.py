@@ -609,6 +609,7 @@ def plan_of_the_host(out: Path, *more: str) -> dict:
     return plan
 
 
+@pytest.mark.slow
 def test_the_command_counts_this_machines_program_and_two_devices_share_its_batch(tmp_path):
     """Data parallel: each device holds the state, multiplies half of the rows and iterates on its share of matrices."""
     alone = plan_of_the_host(tmp_path / "alone")

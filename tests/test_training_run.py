@@ -199,6 +199,7 @@ def test_a_run_begins_with_given_weights(folder, runs, tmp_path):
     check("validation loss", first, min(begun), 16 * UNIT_ROUNDOFF["float32"])
 
 
+@pytest.mark.slow
 def test_prompts_and_samples_are_continued_together_and_cut_at_a_stop_string(folder, runs):
     arguments = ["--checkpoint", str(folder / "jax"), "--max_new_tokens", "8", "--prompt", "the fox"]
     several = ["--prompt", "the lazy dog", "--samples", "2", "--min-p", "0.01", "--repetition-penalty", "1.2"]
@@ -214,6 +215,7 @@ def test_prompts_and_samples_are_continued_together_and_cut_at_a_stop_string(fol
     assert cut.stdout == "the fox" + new[: new.index(stop)] + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["jax_impl", "torch_ref"])
 def test_a_chat_keeps_its_history(folder, runs, tmp_path, side):
     shutil.copytree(folder / "jax" / "best", tmp_path / "chat")
