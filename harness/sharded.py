@@ -88,8 +88,8 @@ def _shared(folder: Path, shards: Shards) -> Iterator[None]:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-    shards.wait("a folder for the arrays")
     try:
+        shards.wait("a folder for the arrays")
         yield
     except BaseException:
         if shards.index == 0:

@@ -306,6 +306,16 @@ def test_what_one_of_several_processes_cannot_write_leaves_no_half(failing, conf
     assert state_folders(tmp_path) == [] and not list((tmp_path / SHARDED).iterdir())
 
 
+def test_a_save_to_which_no_other_process_comes_leaves_no_folder(config, tmp_path):  # noqa: F811
+    def wait(*_: object) -> None:
+        raise RuntimeError("nobody came")
+
+    state, tokenizer = a_state(config), train_bpe(["a quick brown fox"], 260)
+    with pytest.raises(RuntimeError, match="nobody came"):
+        save_sharded(tmp_path, state, ToyShards(state.weights, state.slots, 0, 2, wait), tokenizer, {}, save_best=None)
+    assert not list((tmp_path / SHARDED).iterdir())
+
+
 @pytest.fixture
 def on_a_mesh(monkeypatch):
     """The tests of every moment and of power loss, with this trainer."""
