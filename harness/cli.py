@@ -1,7 +1,7 @@
 """The command line: every field of a frozen dataclass is a flag, and every user's mistake is one line on stderr.
 
-Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the user's mistake, 141 the help's reader left,
-75 another process of a run of several was lost (try again),
+Exit codes: 0 done, 1 failed (also for want of room, memory or files), 2 the user's mistake, 75 another process of this
+run was lost (try again), 141 the help's reader left,
 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM: the signal that ended the command, at whatever moment; the last line names it.
 Nothing here imports a framework: `--help` is instant.
 """

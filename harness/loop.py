@@ -8,10 +8,9 @@ import dataclasses
 import json
 import math
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -27,12 +26,11 @@ from harness.divergence import (
     save_evidence,
     summary,
 )
-from harness.failures import exit_code
 from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.interruption import Interruption, Terminated
-from harness.peers import ALONE, LOST, Peers, end_at_once
+from harness.peers import ALONE, Peers
 from harness.plot import plot_runs
 from harness.preflight import (
     check_begun,
@@ -62,13 +60,14 @@ from harness.state import (
     state_folders,
 )
 from harness.surroundings import config_differences, differences
+from harness.together import Together
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, HostsConfig, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.durable import make_folder, write_whole
 from recipe.lock import locked
 from recipe.params import init_params, param_counts
-from recipe.reading import short, some
+from recipe.reading import flat, short
 from recipe.sampling import SamplingOptions
 
 # Plain lines and bars show a record at least this often, however long a step takes.
@@ -176,6 +175,7 @@ class _Run:
         self.framework, self.make_trainer = framework, make_trainer
         self.interruption, self.alone, self.peers = interruption, alone, peers
         self.several = peers.count > 1
+        self.together = Together(peers, interruption, self._remedy)
         self.folder = Path(config.out)
         self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
         self.position, self.best = 0, math.inf
@@ -191,29 +191,29 @@ class _Run:
         interruption.where, interruption.remedy = "while reading the text", self._again()
         if self.several:
             interruption.doing = f"at most {self.config.log_every} more updates"
-            self.peers.expect(self._last_words)
-        with interruption.at_once(), self._unless_lost():
-            with self._together():
-                self._compare("configuration", lambda: json.dumps(_flat(self.config)))
-            with self._together():
+            self.peers.expect(self.together.last_words)
+        with interruption.at_once(), self.together.unless_lost():
+            with self.together.stretch():
+                self.together.compare("configuration", lambda: json.dumps(flat(to_dict(self.config))))
+            with self.together.stretch():
                 self.dataset = self._read(self._newest() if self.config.resume else None)
-            with self._together():
-                self._compare("text", lambda: self.dataset.fingerprint)
-            with self._together():
+            with self.together.stretch():
+                self.together.compare("text", lambda: self.dataset.fingerprint)
+            with self.together.stretch():
                 interruption.where = "before going on" if self.config.resume else "before the first update"
                 self.trainer = self._go_on() if self.config.resume else self._begin()
                 baselines = ngram_baselines(self.dataset) if chief else {}
-            with self._together():
+            with self.together.stretch():
                 log = self._open_log()
-        with self._last_word(), log as self.log, Saver() as self.saver, self._unless_lost():
+        with self._last_word(), log as self.log, Saver() as self.saver, self.together.unless_lost():
             if chief:
                 self._introduce(baselines)
             while reason := self._optimize():
                 self._roll_back(reason)
             self.saver.wait()
             interruption.where = "after the last update"
-            if self._stopping():
-                self._leave()
+            if self.together.stopping():
+                self.together.leave()
             if not math.isfinite(self.best):
                 self._fail("no validation loss was finite")
             with interruption.at_once():
@@ -247,71 +247,6 @@ class _Run:
         else:
             log.log_baselines(baselines, self.dataset.bytes_per_token)
 
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """A stretch at whose end the processes meet, also those that it failed in: all of them go on, or all leave."""
-        try:
-            yield
-        except Exception as error:
-            if self.peers.lost(error) is None:
-                self.peers.agree(exit_code(error))
-                self.peers.part()
-            raise
-        if code := self.peers.agree(0):
-            self.peers.part()
-            print("stopped: another process of this run refused to go on, and says why", file=sys.stderr)
-            raise SystemExit(code)
-
-    @contextlib.contextmanager
-    def _unless_lost(self) -> Iterator[None]:
-        """End the process at once if what it does breaks off because another process is lost."""
-        try:
-            yield
-        except Exception as error:
-            reason = self.peers.lost(error)
-            if reason is not None:
-                end_at_once(*self._last_words(reason))
-            raise
-
-    def _last_words(self, reason: str) -> tuple[int, str]:
-        """Exit code and line of a process that lost another one, or that a signal had told to stop before."""
-        me, interruption = f"process {self.peers.index} of {self.peers.count}", self.interruption
-        remedy = self._go_on_with() if self.config.resume or state_folders(self.folder) else self._again()
-        if interruption.signal is not None:
-            name, code = signal.Signals(interruption.signal).name, 128 + interruption.signal
-            return code, f"{me}: stopped by {name} {interruption.where}; {remedy}"
-        return LOST, f"{me}: lost a peer {interruption.where} ({reason}); {remedy}"
-
-    def _compare(self, what: str, value: Callable[[], str]) -> None:
-        """Raise UserError in a process that has another one of this than the chief."""
-        if self.several:
-            mine = value()
-            chiefs = self.peers.tell(mine)
-            said = ""
-            if mine != chiefs and what == "configuration":
-                old, new = json.loads(chiefs), json.loads(mine)
-                differing = [name for name in new if old.get(name) != new[name]]
-                said = f": {some(f'{name}={new[name]} and not {old.get(name)}' for name in differing)}"
-            require(
-                mine == chiefs,
-                f"process {self.peers.index} has another {what} than process 0{said}; start all processes of a run "
-                "with the same flags, on the same text.",
-            )
-
-    def _stopping(self) -> bool:
-        """Whether a signal has come, to any process: all ask at the same moments."""
-        number = self.peers.agree(self.interruption.signal or 0)
-        if number:
-            self.interruption.take_over(number)
-        return number != 0
-
-    def _leave(self) -> NoReturn:
-        """End the run as a signal asked, in all processes; the chief says how to go on."""
-        self.peers.part()
-        if self.peers.is_chief:
-            self.interruption.leave()
-        raise SystemExit(128 + (self.interruption.signal or 0))
-
     def _newest(self) -> tuple[Path, TrainingState]:
         """The state to go on from, and where it lies; the chief holds the folder."""
         return self._hold() if self.peers.is_chief else find_state(self.folder, self._load)
@@ -329,6 +264,10 @@ class _Run:
     def _go_on_with(self) -> str:
         """How to go on with a run that has a state."""
         return f"go on with: {self.resume_command}{', and the other processes likewise' if self.several else ''}"
+
+    def _remedy(self) -> str:
+        """How to go on with this run as its folder is now."""
+        return self._go_on_with() if self.config.resume or state_folders(self.folder) else self._again()
 
     def _again(self) -> str:
         """How to go on with a run that has saved nothing yet."""
@@ -469,7 +408,7 @@ class _Run:
             if reason is not None:
                 return reason
             better = evaluating and self._evaluate(step)
-            stopping = self._stopping() or stopping
+            stopping = self.together.stopping() or stopping
             # A state is not given up for one that may have gone wrong, unless it is the last that can be written.
             saving = stopping or last or (overdue and watch.since is None)
             if better or saving:
@@ -477,7 +416,7 @@ class _Run:
                 overdue = overdue and not saving
             if stopping and not last:
                 self.saver.wait()
-                self._leave()
+                self.together.leave()
             since = time.perf_counter()
         return None
 
@@ -574,7 +513,7 @@ class _Run:
     def _until_stopped(self, batches: Iterable) -> Iterator:
         """The batches of an evaluation, which a signal breaks off: the run that goes on makes it again."""
         for batch in batches:
-            if self._stopping():
+            if self.together.stopping():
                 raise _Stopping
             yield batch
 
@@ -686,15 +625,6 @@ class _Run:
         if self.peers.is_chief:
             write_whole(self.folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
         return ["", *"\n---\n".join(texts).splitlines(), ""]
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """Every field by its flag's name."""
-    values = to_dict(config).items()
-    parts = [{f"{part}.{name}": x for name, x in of.items()} for part, of in values if isinstance(of, dict)]
-    return {name: value for name, value in values if not isinstance(value, dict)} | {
-        name: value for part in parts for name, value in part.items()
-    }
 
 
 def _flags(hosts: HostsConfig) -> str:

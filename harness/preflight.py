@@ -8,9 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from harness.state import SHARDED, state_folders
 from harness.tensors import CODES, DTYPES
 from recipe.config import RunConfig, UserError, require, to_dict
 from recipe.params import param_counts
-from recipe.reading import read_json, short, some, take
+from recipe.reading import flat, read_json, short, some, take
 from recipe.tokenizer import Tokenizer
 
 LEFT = re.compile(
@@ -47,20 +46,12 @@ def is_begun(folder: Path) -> bool:
 def begun_with(folder: Path, config: RunConfig, *, but: Collection[str] = ()) -> list[str]:
     """How the configuration of a run in a folder differs from another, but for its place and the fields named."""
     values = read_json(folder / RUN)
-    begun = dict(_flat(take(values, "config", dict, str(folder / RUN))))
+    begun = flat(take(values, "config", dict, str(folder / RUN)))
     return [
         f"{name}={short(repr(begun.get(name)))} instead of {short(repr(value))}"
-        for name, value in _flat(json.loads(json.dumps(to_dict(config))))
+        for name, value in flat(json.loads(json.dumps(to_dict(config)))).items()
         if begun.get(name) != value and name not in ("out", *but)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def check_begun(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import RunConfig, to_dict
-from recipe.reading import kind_of, short
+from recipe.reading import flat, kind_of, short
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy"),
@@ -61,7 +61,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     `before` comes from a file and may hold anything. Of the environment, what only one side knows says nothing.
     """
     now = json.loads(json.dumps(now))  # as a file has it: a tuple is a list there
-    old, new = _flat(before.get("environment")), _flat(now.get("environment"))
+    old, new = flat(before.get("environment")), flat(now.get("environment"))
     known = [name for name in new if name in old and name not in (*PACKAGES, "device")]
     changes = {
         "framework": _changes(before, now, {"framework": ""}),
@@ -79,7 +79,7 @@ def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
 
     Left out are those that name its folder and what it began with.
     """
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = flat(to_dict(before)), flat(to_dict(now))
     parts = _changes(old, new, {name: name for name in new if name not in ("out", "resume", "init")})
     return ["changed    " + ", ".join(parts)] if parts else []
 
@@ -102,12 +102,3 @@ def _text(values: Mapping[str, Any], name: str) -> str:
         return short(str(list(value))) if flat else kind_of(value)
     commit = re.fullmatch(r"([0-9a-f]{12})[0-9a-f]*(-dirty)?", value) if isinstance(value, str) else None
     return f"{commit[1]}{commit[2] or ''}" if commit else short(str(value)) or "''"
-
-
-def _flat(values: Any) -> dict[str, Any]:
-    """The values of an object and of the objects in it, by dotted name; nothing of what is no object."""
-    found: dict[str, Any] = {}
-    for name, value in values.items() if isinstance(values, Mapping) else ():
-        parts = {f"{name}.{part}": inner for part, inner in value.items()} if isinstance(value, Mapping) else {}
-        found |= parts or {name: value}
-    return found

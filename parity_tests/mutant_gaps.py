@@ -1258,7 +1258,7 @@ STOPPING = (
         "signals",
         "an evaluation is finished before a signal is answered",
         "harness.loop",
-        "            if self._stopping():\n                raise _Stopping",
+        "            if self.together.stopping():\n                raise _Stopping",
         "            if False:\n                raise _Stopping",
         SURVIVORS,
     ),
@@ -1861,7 +1861,7 @@ SEVERAL = (
     slip(
         "several processes",
         "each stops by its own signal alone",
-        "harness.loop",
+        "harness.together",
         "number = self.peers.agree(self.interruption.signal or 0)",
         "number = self.interruption.signal or 0",
         f"{HOSTS}::test_a_signal_to_any_stops_all_after_the_same_update",
@@ -1885,7 +1885,7 @@ SEVERAL = (
     slip(
         "several processes",
         "nobody hears that another refuses",
-        "harness.loop",
+        "harness.together",
         "if code := self.peers.agree(0):",
         "if code := 0 * self.peers.agree(0):",
         f"{HOSTS}::test_what_one_refuses_ends_all",

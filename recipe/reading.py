@@ -78,3 +78,12 @@ def some(names: Iterable[str] | Collection[str], separator: str = ", ") -> str:
     shown = separator.join(short(name) for name in names[:NAMES_SHOWN])
     more = len(names) - NAMES_SHOWN
     return shown if more <= 0 else f"{shown} and {more:,} more"
+
+
+def flat(values: Any) -> dict[str, Any]:
+    """The values of an object and of the objects in it, by dotted name; nothing of what is no object."""
+    found: dict[str, Any] = {}
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        parts = {f"{name}.{part}": inner for part, inner in value.items()} if isinstance(value, Mapping) else {}
+        found |= parts or {name: value}
+    return found

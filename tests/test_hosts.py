@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import loop
+from harness import loop, together
 from harness.commands.train import parse_run_config
 from harness.failures import exit_code
 from harness.interruption import Interruption, Terminated
@@ -109,7 +109,7 @@ def ended(monkeypatch):
     def end_at_once(code: int, line: str) -> None:
         raise Ended(code, line)
 
-    monkeypatch.setattr(loop, "end_at_once", end_at_once)
+    monkeypatch.setattr(together, "end_at_once", end_at_once)
 
 
 def run_all(configs: list[RunConfig], trainers: Callable[[int], Callable] | None = None, *, made=None) -> list:

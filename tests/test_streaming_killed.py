@@ -1,5 +1,6 @@
 """A build that streams may be killed at any moment: the next one goes on from what is on disk, to the same bytes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,48 +289,46 @@ def test_a_build_whose_past_is_not_what_it_was_begins_again(config, whole, monke
     assert (found == whole) == (what != "the corpus") and found.keys() == whole.keys()
 
 
-def start(config: DataConfig) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, repr(vars(config)), repr(SMALL)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-    )  # fmt: skip
+@contextlib.contextmanager
+def builders(config: DataConfig) -> Iterator[Callable[[], subprocess.Popen]]:
+    """A function that starts a process which builds; all are gone at the end."""
+    with contextlib.ExitStack() as gone:
+
+        def start() -> subprocess.Popen:
+            process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, repr(vars(config)), repr(SMALL)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            )  # fmt: skip
+            gone.callback(process.communicate)
+            gone.callback(process.kill)
+            return process
+
+        yield start
 
 
 def test_whoever_waits_goes_on_where_the_killed_one_was(config, whole):
-    first, second = start(config), None
-    try:
+    with builders(config) as start:
+        first = start()
         assert first.stdout.readline() == "committed\n"
-        second = start(config)
-        lines = [second.stderr.readline()]
-        assert lines[0].startswith(WAITING)
+        second = start()
+        assert second.stderr.readline().startswith(WAITING)
         first.kill()
         out, errors = second.communicate("\n", timeout=300)
         assert "going on after " in errors and out.startswith("committed\n") and second.returncode == 0
         assert contents(Path(config.cache_dir)) == whole
-    finally:
-        for process in (first, second):
-            if process is not None:
-                process.kill()
-                process.communicate()
 
 
 def test_whoever_waits_uses_what_the_first_has_built(config, whole):
-    first = second = None
-    try:
-        first = start(config)
+    with builders(config) as start:
+        first = start()
         assert first.stdout.readline() == "committed\n"
-        second = start(config)
+        second = start()
         assert second.stderr.readline().startswith(WAITING)
         out, _ = first.communicate("\n", timeout=300)
         fingerprint = out.split()[-1]
         out, errors = second.communicate("\n", timeout=300)
         assert (out, errors) == (f"0 {fingerprint}\n", ""), "it commits nothing"
         assert contents(Path(config.cache_dir)) == whole
-    finally:
-        for process in (first, second):
-            if process is not None:
-                process.kill()
-                process.communicate()
 
 
 def test_without_locks_each_builds_its_own(config, whole, monkeypatch, capsys):
