@@ -74,6 +74,7 @@ def test_the_wrong_mlp_is_found_where_the_page_says():
         assert re.sub(r"[-\d.e+]+", "#", line) == re.sub(r"[-\d.e+]+", "#", other)
 
 
+@pytest.mark.slow
 def test_the_block_is_compared_by_the_command_of_the_page(folder):
     command = re.search(r"^python (-m parity_tests\.compare .*)$", PAGE, flags=re.MULTILINE)[1]
     done = run(folder, *command.replace("FOLDER", "report").split())
@@ -92,6 +93,7 @@ def test_the_llama_is_the_original(folder):
     assert "in float64, float32, all within what rounding explains\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_training_step_is_told_what_the_page_says(folder):
     done = run(folder, "training.py")
     assert done.returncode == 1

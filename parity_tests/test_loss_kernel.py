@@ -25,8 +25,9 @@ from parity_tests.sides import JaxModel
 
 KERNEL = dataclasses.replace(backend.CPU, loss_kernel_up_to=backend.GPU.loss_kernel_up_to)
 """A CPU that interprets the kernel."""
+SLOW = pytest.mark.slow
 DTYPES = ("float64", "float32", "bfloat16")
-MOST = [pytest.param(dtype, marks=[pytest.mark.slow] * (dtype == "float32")) for dtype in DTYPES]
+MOST = [pytest.param(dtype, marks=[SLOW] * (dtype == "float32")) for dtype in DTYPES]
 """What lies between the other two every night."""
 # Tiles of 128 tokens, 256 logits, 64 features, eight to a segment: one token, logit and feature more than a tile or
 # a segment has; all of them multiples; less than one tile; hidden sizes of the presets.
@@ -138,18 +139,18 @@ def judge(sizes, dtype: str, size: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("dtype", MOST)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", ["one-more", "small", *(pytest.param(n, marks=SLOW) for n in ("multiples", "257"))])
 def test_the_loss_and_its_gradients(name, dtype):
     judge(REAL[name], dtype)
 
 
 @pytest.mark.parametrize("dtype", MOST)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["ragged", "last-tile-of-one", pytest.param("even", marks=SLOW)])
 def test_many_tiles_and_segments(name, dtype, small_tiles):
     judge(SMALL[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=[SLOW] * (d != "bfloat16")) for d in DTYPES])
 def test_logits_of_ten_thousand(dtype, small_tiles):
     judge((36, 151, 42), dtype, size=1e4)
 
@@ -296,7 +297,7 @@ def test_it_can_be_mapped_and_computed_again(in_kernel, small_tiles):
                 check(f"again {name}", again[which], apart[0][which], 2 * limits[name])
 
 
-@pytest.mark.parametrize("name", ["plain", "untied"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("untied", marks=SLOW)])
 def test_the_model_trains_and_evaluates_with_it(name, in_kernel):
     """Tied and untied, in bfloat16: at the allowances of the whole model."""
     case = test_model.CASES[name]

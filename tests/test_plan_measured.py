@@ -5,6 +5,8 @@ import subprocess
 import sys
 from types import SimpleNamespace as Space
 
+import pytest
+
 from benchmarks.plan.measured import by_part, kernel_seconds, profile_events, reached
 
 STEP = "jit_train_step"
@@ -56,6 +58,7 @@ def test_events_without_an_instruction_are_no_kernels():
     assert list(profile_events(Space(planes=[Space(lines=[Space(events=events)])]))) == [("m", "a", 5e-9)]
 
 
+@pytest.mark.slow
 def test_a_measurement_on_this_machine(tmp_path):
     small = {"model": {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 128}}
     shape = "--preset tiny --batch_size 1 --sequence_length 16 --updates 2 --dtype float32"

@@ -151,7 +151,8 @@ def measured(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run) if r["kind"] != "resume"]
 
 
-@pytest.mark.parametrize("framework", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_bit_for_bit(folder, runs, framework, tmp_path):
     done = signalled(folder, framework, signal.SIGKILL, 5, tmp_path / "run")
     assert done.returncode == -signal.SIGKILL
