@@ -65,6 +65,7 @@ from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, HostsConfig, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.durable import make_folder, write_whole
+from recipe.hub import weights_folder
 from recipe.lock import locked
 from recipe.params import init_params, param_counts
 from recipe.reading import flat, short
@@ -312,7 +313,7 @@ class _Run:
     def _begin(self) -> Trainer:
         """A trainer on new weights or on those of --init, and the folder, held."""
         config = self.config
-        weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
+        weights = load_folder(weights_folder(config.init))[1] if config.init else init_params(config.model, config.seed)
         if config.init:
             check_finite(config, weights)
         trainer = self.make_trainer(config, weights)
