@@ -33,6 +33,12 @@ class ConfigFile:
     is_run: bool
     """Whether it is a run's run.json, which has every field."""
 
+    @property
+    def init(self) -> str:
+        """The weights that it names to begin with; empty if it names none."""
+        named = self.changes.get("init", "")
+        return named if isinstance(named, str) else ""
+
     def over(self, config: RunConfig) -> RunConfig:
         """The configuration with the file's fields; UserError, which begins with the file, for one that is wrong."""
         try:
