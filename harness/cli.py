@@ -9,7 +9,6 @@ Nothing here imports a framework: `--help` is instant.
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import importlib.metadata
 import inspect
 import io
@@ -20,6 +19,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -28,6 +28,7 @@ from harness.failures import MISTAKEN, USERS_MISTAKES, machine_says
 from harness.interruption import SIGNALS, Interruption, Terminated
 from harness.surroundings import git_commit
 from recipe.config import UserError, expected, require
+from recipe.presets import nearest_fields
 from recipe.reading import short
 
 T = TypeVar("T")
@@ -39,6 +40,19 @@ LONGEST_LINE = 1500
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader left
 FRAME = dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")
+SCRIPTS = {"train_jax.py": "jax_impl.train", "train_torch.py": "torch_ref.train"}
+"""Scripts of a clone -> the modules that do the same."""
+COMMANDS = {
+    "jax_impl.train": "qwen-train-jax",
+    "torch_ref.train": "qwen-train-torch",
+    "jax_impl.generate": "qwen-generate-jax",
+    "torch_ref.generate": "qwen-generate-torch",
+    "harness.commands.checkpoint": "qwen-checkpoint",
+    "harness.commands.plot": "qwen-plot",
+    "harness.commands.data": "qwen-data",
+    "parity_tests": "qwen-parity",
+}
+"""Modules -> the commands that an installation has for them."""
 OF_TORCH = ("torch", "transformers")
 WITHOUT = f"{{}} is not installed; run: pip install '{DISTRIBUTION}[torch]', or in a clone -e '.[torch]'."
 WITHOUT_TORCH = WITHOUT.format("PyTorch")
@@ -110,6 +124,21 @@ def version() -> str:
         return f"{DISTRIBUTION} {importlib.metadata.version(DISTRIBUTION)}"
     except importlib.metadata.PackageNotFoundError:
         return f"{DISTRIBUTION}, not installed: a clone at commit {git_commit() or 'unknown'}"
+
+
+def called_as(default: str) -> str:
+    """How a person goes on to the command `default`, `python SCRIPT` or `python -m MODULE`, from the one that runs now.
+
+    After an installed command that is another installed command, and a script that is not here is named by its module.
+    """
+    words = shlex.split(default)
+    module = SCRIPTS.get(words[1], words[-1])
+    called = Path(sys.argv[0])
+    if called.name.removesuffix(".exe") in COMMANDS.values():
+        return COMMANDS.get(module, default)
+    if words[1] not in SCRIPTS or Path(words[1]).is_file():
+        return default
+    return shlex.join(["python", sys.argv[0]] if called.name == words[1] else ["python", "-m", module])
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -298,12 +327,7 @@ def _after(argv: Sequence[str], flag: str) -> Iterator[str]:
 
 def _nearest_flags(name: str, known: Mapping[str, Any]) -> str:
     """The flags with the same last part (`--learning-rate` has two) or initials (`--lr`), else one spelt alike."""
-    last = name.rpartition(".")[2]
-    ends = {leaf: leaf.rpartition(".")[2] for leaf in known}
-    same = [leaf for leaf, end in ends.items() if end == last]
-    initials = [leaf for leaf, end in ends.items() if len(last) > 1 and "".join(w[0] for w in end.split("_")) == last]
-    nearest = same or initials or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return " or ".join("--" + leaf.replace("_", "-") for leaf in nearest)
+    return " or ".join("--" + field.replace("_", "-") for field in nearest_fields(name, known))
 
 
 def _reason(stop: BaseException) -> str | None:

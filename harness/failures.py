@@ -13,6 +13,12 @@ USERS_MISTAKES = (
 """Errors whose own text is the line that the user gets."""
 
 FAILED, MISTAKEN = 1, 2
+
+
+class RunFailed(RuntimeError):
+    """A training run came to nothing: the text says why, what its folder keeps and how to go on, in one line."""
+
+
 SMALLER = "choose smaller sizes, or a machine with more memory"
 SYSTEM = {
     errno.ENOENT: (MISTAKEN, "name one that is there"),
@@ -47,8 +53,10 @@ TOO_LARGE = (
 
 
 def machine_says(error: Exception) -> tuple[int, str] | None:
-    """Exit code and line of an error of the operating system, of memory or of an absurd size; None of a bug."""
+    """Exit code and line of a failed run, of an error of the system, of memory or of an absurd size; None of a bug."""
     text = str(error)
+    if isinstance(error, RunFailed):
+        return FAILED, text
     if isinstance(error, OSError):
         # NumPy's `tofile` does not say why it wrote less than it was asked to.
         number = errno.ENOSPC if error.errno is None and text.endswith(" written") else error.errno

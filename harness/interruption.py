@@ -48,6 +48,9 @@ class Interruption:
     stretch `at_once` it ends the stretch by that exception. A second signal, of whatever kind, acts at once everywhere;
     the exit code is that of the signal that acts. A signal that is ignored when the block begins stays ignored (nohup,
     a shell's background jobs). Outside the main thread the block does nothing.
+
+    A main thread that does not leave in time is ended with its process, unless neither this nor one around it
+    `ends_process`: a program that trains, or a notebook, may have more to lose than the run.
     """
 
     signal: int | None
@@ -59,8 +62,10 @@ class Interruption:
     remedy: str
     """How to go on; paths in it are quoted for the shell."""
 
-    def __init__(self, *, doing: str = "this update", where: str = "", remedy: str = "") -> None:
-        self.doing, self.where, self.remedy = doing, where, remedy
+    def __init__(
+        self, *, doing: str = "this update", where: str = "", remedy: str = "", ends_process: bool = True
+    ) -> None:
+        self.doing, self.where, self.remedy, self.ends_process = doing, where, remedy, ends_process
         self._begin()
 
     def _begin(self) -> None:
@@ -70,6 +75,7 @@ class Interruption:
         self._first = False  # whether that is the first one
         self._raised = False  # whether the main thread has its exception
         self._deadline = math.inf
+        self._ends = self.ends_process  # or one around this does
 
     def __enter__(self) -> "Interruption":
         self._begin()
@@ -146,7 +152,8 @@ class Interruption:
             if not self._stretches:
                 return f"stopping after {self.doing}; once more stops at once"
         self._acting, self._first, self._raised = number, first, False
-        self._deadline = min(self._deadline, time.monotonic() + (TO_BEGIN if first else TO_END))
+        if self._ends:
+            self._deadline = min(self._deadline, time.monotonic() + (TO_BEGIN if first else TO_END))
         return None
 
     def _due(self) -> KeyboardInterrupt | Terminated | None:
@@ -177,6 +184,7 @@ class _Watch:
     def enter(self, interruption: Interruption) -> None:
         with self.lock:
             self._entered.append(interruption)
+            interruption._ends = any(entered.ends_process for entered in self._entered)
         if len(self._entered) == 1:
             try:
                 self._install()

@@ -26,6 +26,7 @@ from harness.divergence import (
     save_evidence,
     summary,
 )
+from harness.failures import RunFailed
 from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
@@ -42,6 +43,7 @@ from harness.preflight import (
     is_begun,
 )
 from harness.records import lacks_validation
+from harness.result import RunResult, read_result
 from harness.resuming import last_good, mend_best, newest_sound, text_again
 from harness.runlog import RunLog, SilentLog, check_tensorboard
 from harness.saving import Saver, Snapshot, snapshot_of
@@ -65,6 +67,7 @@ from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, HostsConfig, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.durable import make_folder, write_whole
+from recipe.hub import weights_folder
 from recipe.lock import locked
 from recipe.params import init_params, param_counts
 from recipe.reading import flat, short
@@ -135,14 +138,14 @@ def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
     return config.with_vocab_size(rows)
 
 
-def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE) -> None:
+def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE) -> RunResult:
     """Train as configured, from the beginning or from where `config.resume` stopped, and leave a run folder: logs,
-    picture, best weights, last states, samples.
+    picture, best weights, last states, samples. Returns what it came to.
 
     `make_trainer(config, weights)` builds the framework's `Trainer` on these weights; `make_trainer.read_sharded`, if
     there is one, makes weights and slots of a mesh's arrays, for such a trainer and its `restore`. What can be known to
-    be wrong raises UserError before the folder is made or touched. A run that came to nothing ends the process with one
-    line and exit code 1, one that a signal stops with a line that says how to go on.
+    be wrong raises UserError before the folder is made or touched. A run that came to nothing raises `RunFailed`, one
+    that a signal stops KeyboardInterrupt or `Terminated`; each of them is a line that says how to go on.
 
     Of several `peers` every process calls this with the same configuration but for `hosts`. The chief has the folder,
     the log and the picture; a process that loses another says so in one line and is ended at once, with exit code 75.
@@ -150,8 +153,8 @@ def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE
     to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
     if config.tensorboard:
         check_tensorboard()
-    with Interruption() as interruption, contextlib.ExitStack() as alone:
-        _Run(config, framework, make_trainer, interruption, alone, peers).run()
+    with Interruption(ends_process=False) as interruption, contextlib.ExitStack() as alone:
+        return _Run(config, framework, make_trainer, interruption, alone, peers).run()
 
 
 class _Stopping(Exception):
@@ -185,7 +188,7 @@ class _Run:
         self.state: TrainingState | None = None
         """What the run goes on from, if it does."""
 
-    def run(self) -> None:
+    def run(self) -> RunResult:
         """All of it."""
         interruption, folder, chief = self.interruption, self.folder, self.peers.is_chief
         interruption.where, interruption.remedy = "while reading the text", self._again()
@@ -226,6 +229,7 @@ class _Run:
             print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
             kept = [str(folder / name) for name in ("best", "last", SHARDED) if (folder / name).exists()]
             print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
+        return read_result(folder)
 
     def _open_log(self) -> RunLog | SilentLog:
         """The chief's log, whose records the others read with it."""
@@ -312,7 +316,7 @@ class _Run:
     def _begin(self) -> Trainer:
         """A trainer on new weights or on those of --init, and the folder, held."""
         config = self.config
-        weights = load_folder(Path(config.init))[1] if config.init else init_params(config.model, config.seed)
+        weights = load_folder(weights_folder(config.init))[1] if config.init else init_params(config.model, config.seed)
         if config.init:
             check_finite(config, weights)
         trainer = self.make_trainer(config, weights)
@@ -592,7 +596,7 @@ class _Run:
             self.saver.wait()  # From here on there is something to go on from, and what is wrong with the disk shows.
 
     def _fail(self, reason: str) -> NoReturn:
-        """One line on stderr and exit code 1: why, what the folder keeps, how to go on."""
+        """Raise `RunFailed`: why, what the folder keeps, how to go on."""
         self.peers.part()
         if not self.peers.is_chief:
             raise SystemExit(1)
@@ -601,7 +605,7 @@ class _Run:
         if state_folders(self.folder) and len(self.rollbacks) < self.config.max_rollbacks:
             remedy += f"; or go back and on with: {self.resume_command} --on_divergence rollback"
         where = short(self.config.out, 300)
-        raise SystemExit(f"error: {reason}; {where} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
+        raise RunFailed(f"{reason}; {where} keeps {' and '.join(kept) or 'the log'}; {remedy}.")
 
     def _samples(self) -> list[str]:
         """Write samples.txt, one text per prompt, and return its lines."""

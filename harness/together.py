@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from harness.failures import exit_code
+from harness.failures import RunFailed, exit_code
 from harness.interruption import Interruption
 from harness.peers import LOST, Peers, end_at_once
 from recipe.config import require
@@ -41,6 +41,8 @@ class Together:
         """End the process at once if what it does breaks off because another process is lost."""
         try:
             yield
+        except RunFailed:  # in all of them
+            raise
         except Exception as error:
             reason = self.peers.lost(error)
             if reason is not None:

@@ -128,6 +128,12 @@ def next_logits(
     return cache.layers, product_held(model.head_VD, x_BD, accumulator(x_BD.dtype))
 
 
+@functools.partial(jax.jit, static_argnames="graph")
+def prompt_logits(graph: nnx.GraphDef, params: Params, tokens_PT: jax.Array) -> jax.Array:
+    """Logits (P, T, V) of what follows each token, float32 or wider."""
+    return bind(graph, params)(tokens_PT)
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "slots", "dtype", "samples"))
 def prefill(
     graph: nnx.GraphDef, params: Params, tokens_PT: jax.Array, *, slots: int, dtype: jnp.dtype, samples: int
@@ -199,7 +205,11 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
         return advance
 
-    return Generator(config, start)
+    def forward(tokens_PT: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision(precision.matmul):
+            return np.asarray(prompt_logits(graph, params, tokens_PT))
+
+    return Generator(config, start, forward)
 
 
 if __name__ == "__main__":

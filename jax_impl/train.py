@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from harness import loop
 from harness.divergence import Diagnosis
+from harness.result import RunResult
 from harness.saving import NO_ROOM, Snapshot
 from jax_impl import exchange, random, scan, sharded_states, sharding
 from jax_impl.attention import attention_in_use, why_not_fused
@@ -361,12 +362,12 @@ class Trainer:
             jax.block_until_ready(self.state)
 
 
-def train(config: RunConfig) -> None:
-    """Train as configured and leave the run folder `config.out`."""
+def train(config: RunConfig) -> RunResult:
+    """Train as configured, leave the run folder `config.out`, and return what it came to."""
     with joined(config.hosts) as peers:
         if shape := parse_mesh(config.mesh):
             sharding.make_mesh(shape)  # before the text is read
-        loop.run(config, framework="jax", make_trainer=Trainer, peers=peers)
+        return loop.run(config, framework="jax", make_trainer=Trainer, peers=peers)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import jax_impl.train
 import torch_ref.train
 from harness import cli, loop
 from harness.divergence import Rollback
+from harness.failures import RunFailed
 from harness.runlog import RunLog, read_metrics
 from harness.state import load_state
 from recipe.config import DataConfig, ModelConfig, RunConfig
@@ -282,10 +283,10 @@ def test_a_second_divergence_rolls_back_again_and_one_too_many_stops(config, tmp
     assert len(list(Path(config.out).glob("divergence-*.json"))) == 2
 
     once = dataclasses.replace(config, out=str(tmp_path / "once"), max_rollbacks=1)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(RunFailed) as ended:
         train(once, "torch")
-    line = str(ended.value.code)
-    assert line.startswith(f"error: {REASON}; ") and line.isprintable() and "--on_divergence rollback" not in line
+    line = str(ended.value)
+    assert line.startswith(f"{REASON}; ") and line.isprintable() and "--on_divergence rollback" not in line
     state = load_state(Path(once.out) / "last")
     assert (state.position, state.rollbacks) == (6, (ONE,)), "the last good one"
 
@@ -297,9 +298,9 @@ def test_a_second_divergence_rolls_back_again_and_one_too_many_stops(config, tmp
 def test_a_run_that_was_to_stop_goes_on_as_its_last_line_says(side, config, made, tmp_path):
     out, _ = uninterrupted(config, side, made, tmp_path)
     stopping = dataclasses.replace(config, on_divergence="stop")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(RunFailed) as ended:
         train(stopping, side)
-    line = str(ended.value.code)
+    line = str(ended.value)
     assert f"go back and on with: python train_{side}.py --resume {config.out} --on_divergence rollback." in line
     assert load_state(Path(config.out) / "last").position == 6
     train(resumed(config), side)

@@ -1,9 +1,12 @@
 """Presets: each returns a `RunConfig`. `--preset NAME` starts from one; every field can still be overridden."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from recipe.config import AdamWConfig, DataConfig, ModelConfig, MuonConfig, PrecisionConfig, RunConfig, require
+from recipe.config import AdamWConfig, DataConfig, ModelConfig, MuonConfig, PrecisionConfig, RunConfig, require, to_dict
+from recipe.reading import flat, short
 
 
 def tiny() -> RunConfig:
@@ -146,3 +149,43 @@ def get_preset(name: str) -> RunConfig:
         name in PRESETS, f"--preset {name} is unknown; did you mean {nearest[0]}? The presets are {', '.join(PRESETS)}."
     )
     return PRESETS[name]()
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration with these fields changed, as in `changed(tiny(), {"steps": 20, "model": {"dropout": 0.1}})`.
+
+    A list stands for a tuple, as in JSON and TOML; of a section only the fields named change. Every value is checked as
+    that of a flag is; an unknown field is a `UserError` that names the nearest.
+    """
+    return _changed(config, changes, "", list(flat(to_dict(config))))
+
+
+def _changed(part: Any, changes: Mapping[str, Any], prefix: str, known: list[str]) -> Any:
+    """A configuration or a section of it, whose name and a dot are `prefix`, with these fields changed."""
+    fields = [field.name for field in dataclasses.fields(part)]
+    values = {}
+    for name, value in changes.items():
+        full = short(f"{prefix}{name}")
+        near = nearest_fields(f"{prefix}{name}", known) if name not in fields else []
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(fields)}."
+        require(name in fields, f"{full} is no field of a configuration; {hint}")
+        old = getattr(part, name)
+        if dataclasses.is_dataclass(old) and not isinstance(value, type(old)):
+            inner = next(field for field in known if field.startswith(f"{name}."))
+            require(
+                isinstance(value, Mapping),
+                f"{full}={short(repr(value))} must be an object with fields such as {inner}; name the one to change.",
+            )
+            value = _changed(old, value, f"{name}.", known)
+        values[name] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+    return dataclasses.replace(part, **values)
+
+
+def nearest_fields(name: str, known: Iterable[str]) -> list[str]:
+    """The dotted names in `known` that end alike (`learning_rate` has two) or have these initials (`lr`), else the one
+    spelt most alike; none if none is near."""
+    last = name.rpartition(".")[2]
+    ends = {field: field.rpartition(".")[2] for field in known}
+    same = [field for field, end in ends.items() if end == last]
+    initials = [f for f, end in ends.items() if len(last) > 1 and "".join(w[0] for w in end.split("_")) == last]
+    return same or initials or difflib.get_close_matches(name, ends, n=1, cutoff=0.8)

@@ -131,8 +131,14 @@ class Generator:
     nothing else in the batch.
     """
 
-    def __init__(self, config: ModelConfig, start: Callable[[Batch, SamplingOptions], Advance]) -> None:
-        self.config, self.start = config, start
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: Callable[[Batch, SamplingOptions], Advance],
+        forward: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        """`forward(tokens_PT)` gives the logits (P, T, V) of what follows each token, if the framework offers it."""
+        self.config, self.start, self.forward = config, start, forward
 
     def __call__(self, tokens: Sequence[int], options: SamplingOptions) -> Iterator[int]:
         """New tokens after this prompt, as they come; stop strings need `text_pieces`."""
@@ -145,6 +151,22 @@ class Generator:
         for row, token in self.stream(prompts, _without_strings(options)):
             rows[row].append(token)
         return rows
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (T, V), float32, of what follows each of these tokens and those before it; UserError unless they are
+        the model's tokens, and fit."""
+        rows, limit = self.config.vocab_size, self.config.max_position_embeddings
+        require(
+            0 < len(tokens) <= limit,
+            f"{len(tokens)} tokens are no sequence for the model; give 1 to max_position_embeddings={limit}.",
+        )
+        strange = [token for token in tokens if not 0 <= token < rows]
+        require(not strange, f"token {strange[:1]} is none of the model's {rows}; give numbers from 0 to {rows - 1}.")
+        assert self.forward is not None, "asked of a framework that offers it"
+        # Few lengths are compiled; what stands after a token has no part in its row.
+        tokens_PT = np.zeros((1, min(_round_up(len(tokens), LENGTH_STEP), limit)), np.int32)
+        tokens_PT[0, : len(tokens)] = tokens
+        return np.array(self.forward(tokens_PT)[0, : len(tokens)], np.float32)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], options: SamplingOptions, done_B: np.ndarray | None = None

@@ -19,7 +19,7 @@ import pytest
 import train_jax
 import train_torch
 from harness import cli
-from harness.cli import WITHOUT_TORCH, parse, run, version
+from harness.cli import WITHOUT_TORCH, called_as, parse, run, version
 from harness.commands.generate import GenerateCommand
 from harness.commands.train import parse_run_config
 from harness.hf_config import to_hf_config
@@ -83,7 +83,8 @@ MISTAKES = {
     "--hidden_size 64": ["--model.hidden-size"],
     "--stpes 3": ["--stpes is unknown; did you mean --steps? --help lists all."],
     "--lr 1": ["did you mean --muon.learning-rate or --adamw.learning-rate?"],
-    "--config x": ["--config is unknown; --help lists all."],
+    "--config x": ["--config x must end in .json, .toml, .yaml, .yml"],
+    "--konfig x": ["--konfig is unknown; did you mean --config?"],
     "--wandb": ["--wandb is unknown; --help lists all."],
     "--no-steps": ["--no-steps is unknown; --help lists all."],
     "--precision.remat=maybe": ["--precision.remat maybe is not True or False", "--no-precision.remat"],
@@ -569,3 +570,31 @@ def test_parse_serves_other_commands():
         parse(Command, ["--top-k", "3"], **read)
     with pytest.raises(ValueError, match=r"^--top-k x is not a whole number \(int\); choose one, e.g. --top-k 0\.$"):
         parse(Command, ["--checkpoint", "x", "--top-k", "x"], **read)
+
+
+@pytest.mark.parametrize(
+    ("argv0", "default", "shown"),
+    [
+        ("train_jax.py", "python train_torch.py", "python train_torch.py"),
+        ("/venv/bin/pytest", "python train_jax.py", "python train_jax.py"),
+        ("/venv/bin/pytest", "python -m harness.commands.plot", "python -m harness.commands.plot"),
+        ("/venv/bin/qwen-train-jax", "python train_jax.py", "qwen-train-jax"),
+        ("qwen-train-torch.exe", "python -m torch_ref.generate", "qwen-generate-torch"),
+        ("/venv/bin/qwen-generate-jax", "python -m harness.commands.checkpoint", "qwen-checkpoint"),
+        ("/venv/bin/qwen-parity", "python -m benchmarks", "python -m benchmarks"),
+    ],
+)
+def test_a_command_names_the_next_as_it_was_called_itself(argv0, default, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [argv0])
+    monkeypatch.chdir(ROOT)
+    assert called_as(default) == shown
+
+
+def test_a_script_that_is_not_here_is_named_by_its_path_or_its_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/a b/train_jax.py"])
+    assert called_as("python train_jax.py") == "python '/a b/train_jax.py'"
+    assert called_as("python train_torch.py") == "python -m torch_ref.train"
+    monkeypatch.setattr(sys, "argv", ["/site-packages/jax_impl/train.py"])
+    assert called_as("python train_jax.py") == "python -m jax_impl.train"
+    assert called_as("python -m jax_impl.generate") == "python -m jax_impl.generate"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.commands.train import FREE_ON_RESUME, parse_run_config
+from harness.commands.train import parse_run_config
+from harness.configure import FREE_ON_RESUME
 from harness.manifest import seal
 from harness.state import SLOTS, load_state, state_folders
 from recipe.config import HostsConfig, RunConfig

@@ -1,12 +1,13 @@
 """The qwen3 presets, field by field, against the published config.json of each model and transformers' own defaults."""
 
 import dataclasses
+import re
 
 import pytest
 
 from harness.hf_config import to_hf_config
-from recipe.config import AdamWConfig, ModelConfig, MuonConfig, RunConfig
-from recipe.presets import PRESETS
+from recipe.config import AdamWConfig, ModelConfig, MuonConfig, RunConfig, UserError, to_dict
+from recipe.presets import PRESETS, changed, seed, tiny
 
 # https://huggingface.co/Qwen/NAME/blob/main/config.json, as published in April 2025; theirs are the dense Base and chat
 # models alike, but for max_position_embeddings, which is the chat models'.
@@ -86,3 +87,32 @@ def test_an_optimizers_defaults_are_the_notebooks(kind):
     theirs = torch.optim.AdamW([torch.zeros(1)]).defaults
     assert (theirs["betas"], theirs["eps"]) == ((0.9, 0.999), 1e-8)
     assert RunConfig().clip_norm == 1.0
+
+
+def test_changes_reach_their_fields_and_leave_the_others():
+    given = tiny()
+    new = changed(given, {"steps": 20, "prompts": ["a", "b"], "model": {"dropout": 0.1}, "data": {}})
+    model = dataclasses.replace(given.model, dropout=0.1)
+    assert new == dataclasses.replace(given, steps=20, prompts=("a", "b"), model=model)
+    assert changed(given, {"model": model, "steps": 20}).model == model
+    assert changed(given, to_dict(seed())) == seed() and changed(given, {}) == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"stpes": 2}, "stpes is no field of a configuration; did you mean steps?"),
+        ({"model": {"droput": 0.1}}, "model.droput is no field of a configuration; did you mean model.dropout?"),
+        ({"model.dropout": 0.1}, "model.dropout is no field of a configuration; did you mean model.dropout?"),
+        ({"lr": 1.0}, "did you mean muon.learning_rate or adamw.learning_rate?"),
+        ({"schedule": {"form": "x"}}, "schedule.form is no field of a configuration; there are "),
+        ({3: 1}, "3 is no field of a configuration; there are preset, "),
+        ({"model": 0.1}, "model=0.1 must be an object with fields such as model.vocab_size; name the one to change."),
+        ({"steps": "20"}, "steps='20' must be a whole number (int)"),
+        ({"prompts": "a"}, "prompts='a' must be a tuple"),
+        ({"model": {"dropout": 2.0}}, "dropout=2.0 must lie in [0, 1)"),
+    ],
+)
+def test_a_wrong_change_is_a_line(changes, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        changed(tiny(), changes)

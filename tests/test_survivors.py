@@ -16,6 +16,7 @@ import pytest
 
 import recipe.data
 from harness import loop
+from harness.failures import RunFailed
 from harness.folders import load_folder, save_folder
 from harness.interruption import Terminated
 from harness.saving import Saver
@@ -299,7 +300,7 @@ def test_a_run_that_rolls_back_goes_on_from_before_with_other_batches_at_a_lower
 
 
 def test_a_run_that_stops_keeps_its_last_state_from_before(rolling):
-    with pytest.raises(SystemExit, match="the loss stayed above 3 times its running median"):
+    with pytest.raises(RunFailed, match="the loss stayed above 3 times its running median"):
         run_away(dataclasses.replace(rolling, on_divergence="stop", save_every=2))
     assert positions(rolling.out) == [6, 5], "the fourth update is skipped, so its state is not taken"
 

@@ -102,6 +102,12 @@ def next_logits(
 
 
 @torch.no_grad()
+def prompt_logits(model: Qwen3ForCausalLM, tokens_PT: torch.Tensor) -> torch.Tensor:
+    """Logits (P, T, V) of what follows each token, float32 or wider."""
+    return model(tokens_PT)
+
+
+@torch.no_grad()
 def prefill(
     model: Qwen3ForCausalLM, tokens_PT: torch.Tensor, *, slots: int, dtype: torch.dtype, samples: int
 ) -> Layers:
@@ -160,7 +166,10 @@ def make_generator(config: ModelConfig, precision: PrecisionConfig, weights: dic
 
         return advance
 
-    return Generator(config, start)
+    def forward(tokens_PT: np.ndarray) -> np.ndarray:
+        return prompt_logits(model, torch.tensor(tokens_PT, device=device)).cpu().numpy()
+
+    return Generator(config, start, forward)
 
 
 if __name__ == "__main__":

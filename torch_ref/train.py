@@ -16,6 +16,7 @@ import torch
 
 from harness import loop
 from harness.divergence import Diagnosis
+from harness.result import RunResult
 from harness.saving import NO_ROOM, LazyArrays, Snapshot
 from recipe.config import RunConfig
 from recipe.schedule import learning_rate_factors
@@ -224,9 +225,9 @@ class Trainer:
         trace.export_chrome_trace(str(folder / "trace.json.gz"))
 
 
-def train(config: RunConfig) -> None:
-    """Train as configured and leave the run folder `config.out`."""
-    loop.run(config, framework="torch", make_trainer=Trainer)
+def train(config: RunConfig) -> RunResult:
+    """Train as configured, leave the run folder `config.out`, and return what it came to."""
+    return loop.run(config, framework="torch", make_trainer=Trainer)
 
 
 if __name__ == "__main__":

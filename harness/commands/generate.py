@@ -3,7 +3,6 @@
 A folder's generation_config.json gives the defaults of the flags.
 """
 
-import dataclasses
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +13,11 @@ from typing import Literal
 import tyro
 
 from harness import cli, generation_config, web
+from harness.api import SETTINGS, LanguageModel
 from harness.chat import ChatTemplate
-from harness.folders import find_weights, load_config, load_folder, steadily
-from harness.text import text_pieces
-from recipe.config import ModelConfig, PrecisionConfig, UserError, require
+from harness.folders import find_weights, steadily
+from recipe.config import UserError, require
 from recipe.sampling import Generator, SamplingOptions, make_batch
-from recipe.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)  # by keyword, as the one required field comes after the inherited ones
@@ -80,53 +78,44 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
 
     Returns the exit code: 2 if a line that was piped in had to be refused, after all others.
     """
-    sampling = {field.name: getattr(command, field.name) for field in dataclasses.fields(SamplingOptions)}
+    require(
+        not command.chat or (command.samples == 1 and not command.prompt),
+        "--chat has one answer to each line typed in; leave out --samples and --prompt.",
+    )
 
-    def read(folder: Path) -> tuple[ModelConfig, Tokenizer, ChatTemplate | None, SamplingOptions, Generator]:
-        tokenizer, rows = load_tokenizer(folder), load_config(folder).vocab_size
-        template = ChatTemplate(folder) if command.chat else None
-        require(
-            tokenizer.vocab_size <= rows,
-            f"{folder}: the tokenizer's ids need {tokenizer.vocab_size} rows, the model has {rows}; use the "
-            "tokenizer.json the weights came with.",
-        )
-        config, weights = load_folder(folder)
-        options = SamplingOptions(**sampling | {"stop_ids": generation_config.stop_ids(folder, tokenizer)})
-        require(
-            template is None or (options.samples == 1 and not command.prompt),
-            "--chat has one answer to each line typed in; leave out --samples and --prompt.",
-        )
-        generate = make_generator(config, PrecisionConfig(compute=command.dtype), weights)
-        return config, tokenizer, template, options, generate
+    def read(folder: Path) -> LanguageModel:
+        template = ChatTemplate(folder) if command.chat else None  # Without one the weights are not read.
+        return LanguageModel(folder, make_generator, dtype=command.dtype, template=template)
 
-    config, tokenizer, template, options, generate = steadily(find_weights(command.checkpoint), read)
+    model = steadily(find_weights(command.checkpoint), read)
+    options = model.options(**{name: getattr(command, name) for name in SETTINGS})
     if command.web:
         require(
             not command.prompt and options.samples == 1,
             "--web takes its prompts from the page, one text each; leave out --prompt and --samples.",
         )
-        render = template.render if template else None
-        web.serve(generate, tokenizer, options, render=render, title=command.checkpoint, port=command.port)
+        render = model.template.render if command.chat else None
+        page = dict(render=render, title=command.checkpoint, port=command.port)
+        web.serve(model.generator, model.tokenizer, options, **page)
         return 0
     messages: list[dict[str, str]] = []
 
     def continue_texts(prompts: Sequence[str]) -> None:
-        tokens = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-        make_batch(config, tokens, options)  # A prompt that does not fit must fail before anything is printed.
+        tokens = [model.tokens(prompt) for prompt in prompts]
+        make_batch(model.config, tokens, options)  # A prompt that does not fit must fail before anything is printed.
         texts = [prompt for prompt in prompts for _ in range(options.samples)]
         if len(texts) == 1:
             print(texts[0], end="", flush=True)
-        for row, piece in text_pieces(generate, tokenizer, tokens, options):
+        for row, piece in model.pieces(tokens, options):
             texts[row] += piece
             if len(texts) == 1:
                 print(piece, end="", flush=True)
         print("" if len(texts) == 1 else "\n---\n".join(texts))
 
     def answer(turn: str) -> None:
-        assert template is not None, "only a chat answers"
         asked = [*messages, {"role": "user", "content": turn}]
         text = ""
-        for _, piece in text_pieces(generate, tokenizer, [tokenizer.encode(template.render(asked))], options):
+        for _, piece in model.pieces([model.tokens(asked)], options):
             print(piece, end="", flush=True)
             text += piece
         print()
@@ -138,9 +127,9 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # Bytes of another encoding are refused with the prompt.
     refused = False
-    while line := _ask("prompt" if template is None else "you"):
+    while line := _ask("you" if command.chat else "prompt"):
         try:
-            continue_texts([line]) if template is None else answer(line)
+            answer(line) if command.chat else continue_texts([line])
         except UserError as error:
             refused = True
             print(f"error: {cli.one_line(str(error))}", file=sys.stderr)

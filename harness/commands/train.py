@@ -1,156 +1,68 @@
-"""What a training command line asks for: a preset, a run to resume or weights to begin with, and flags over it."""
+"""What a training command line asks for: a preset, a run to resume or weights to begin with, a file of fields over it,
+and flags over that."""
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from harness.cli import last_value, leaves, parse, run
-from harness.folders import load_config
-from harness.preflight import begun_with, is_begun, is_taken
-from harness.state import find_state, read_run, state_folders
-from recipe.config import HostsConfig, RunConfig, UserError, require
-from recipe.lock import locked
-from recipe.presets import PRESETS, get_preset
-from recipe.reading import short
+from harness.cli import last_value, parse, run
+from harness.config_file import read_config_file
+from harness.configure import begun_from, ready
+from recipe.config import RunConfig
+from recipe.presets import PRESETS
 
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
+EVERYDAY = """Everyday flags:
+  --preset NAME  --config FILE  --out FOLDER  --resume RUN  --init WEIGHTS
+  --data.corpus TEXT  --data.tokenizer NAME  --steps INT  --batch-size INT  --accumulation INT
+  --sequence-length INT  --muon.learning-rate FLOAT  --adamw.learning-rate FLOAT  --precision.compute DTYPE"""
+"""Flags that most runs need, shown before all others."""
 
 
-FREE_ON_RESUME = (
-    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "keep", "data.cache_dir"),
-    *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
-    *("mesh", "gather", "scan_layers", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
-)
-"""Fields that a resumed run may change: none of them moves a weight, but for those of a run that diverges."""
+@dataclass(frozen=True)
+class TrainCommand(RunConfig):
+    """A run, and where else its fields are written down."""
+
+    config: str = ""
+    """File of fields, over the preset and under the flags: TOML, YAML or JSON, nested as in a run.json, which may be
+    named too, as may its folder (docs/commands.md)."""
+
+    def run_config(self) -> RunConfig:
+        """The run alone."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
 
 
-def run_command(module: str, train: Callable[[RunConfig], None], *, framework: str) -> int:
+def run_command(module: str, train: Callable[[RunConfig], object], *, framework: str) -> int:
     """`python -m MODULE`, which trains like train_jax.py or train_torch.py: returns the exit code."""
-    return run(lambda: train(parse_run_config(sys.argv[1:], framework=framework, prog=f"python -m {module}")))
+
+    def main() -> None:
+        train(parse_run_config(sys.argv[1:], framework=framework, prog=f"python -m {module}"))
+
+    return run(main)
 
 
 def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> RunConfig:
-    """The run that `argv` asks for: a preset (or the run to resume), flags over it, then a run folder that is free.
+    """The run that `argv` asks for: a preset (or the run to resume), a file's fields and flags over it, then a run
+    folder that is free.
 
     `framework` is "jax" or "torch" and names the automatic folder. Raises `UserError` or `FileExistsError` with one
     line for any mistake, and touches nothing.
     """
-    resumed, init = last_value(argv, "--resume"), last_value(argv, "--init")
-    if resumed:
-        default, source = _resumed_config(resumed, framework), f"of the run in {resumed}"
-    else:
-        default = get_preset(last_value(argv, "--preset") or "tiny")
-        source = f"those of --preset {default.preset}"
-        if init:
-            default, source = _fine_tuning_config(default, init), f"{source} and of the weights in {init}"
-    config = parse(
-        RunConfig,
+    preset, resumed, init, named = (
+        last_value(argv, f"--{flag}") or "" for flag in ("preset", "resume", "init", "config")
+    )
+    file = read_config_file(named) if named else None
+    default, source = begun_from(framework, preset=preset, resume=resumed, init=init, file=file)
+    command = parse(
+        TrainCommand,
         argv,
-        default=default,
+        default=TrainCommand(**{field.name: getattr(default, field.name) for field in dataclasses.fields(default)}),
         prog=prog or f"train_{framework}.py",
         description=f"Train with {FRAMEWORKS[framework]}. Presets: {', '.join(PRESETS)}. "
-        f"The defaults below are {source}.",
+        f"The defaults below are {source}.\n\n{EVERYDAY}",
     )
-    _check_devices(config, argv, framework)
-    if resumed:
-        _check_same_run(config, default)
-        return config
-    return dataclasses.replace(config, out=str(_run_folder(config, framework)))
-
-
-def _check_devices(config: RunConfig, argv: Sequence[str], framework: str) -> None:
-    """Raise `UserError` for a mesh or processes that the framework does not have, or that do not go together."""
-    hosts = config.hosts != HostsConfig()
-    given = next((flag for flag in argv if flag.startswith("--hosts")), "--mesh").partition("=")[0]
-    require(
-        framework == "jax" or not (config.mesh or hosts),
-        f"{given} is JAX's; PyTorch trains on one device here: leave it out, or run train_jax.py.",
-    )
-    require(
-        not hosts or bool(config.mesh),
-        f"{given} needs --mesh, which says how the devices of all processes share the work; add e.g. --mesh data=2.",
-    )
-
-
-def _resumed_config(run: str, framework: str) -> RunConfig:
-    """The configuration of the run to go on with, as this folder's; which processes and devices had it is the past."""
-    config = find_state(Path(run), read_run)[1][1]
-    if framework != "jax" and config.mesh:
-        print(f"note: the run had the devices {config.mesh}; it goes on with one", file=sys.stderr)
-        config = dataclasses.replace(config, mesh="")
-    return dataclasses.replace(config, out=run, resume=run, hosts=HostsConfig())
-
-
-def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
-    """Raise `UserError` naming every field that would make another run of the one to go on with."""
-    old = {name: value for name, _, value in leaves(RunConfig, begun)}
-    new = {name: value for name, _, value in leaves(RunConfig, config)}
-    differing = [name for name in old if new[name] != old[name] and name not in FREE_ON_RESUME]
-    reason = (
-        "; the learning-rate schedule spans all steps, so other --steps are another run" if "steps" in differing else ""
-    )
-    listed = ", ".join(f"{name}={new[name]} (begun with {old[name]})" for name in differing)
-    require(
-        not differing,
-        f"--resume {config.resume} cannot change {listed}{reason}; leave it out, or begin a new run with "
-        f"--init {Path(begun.out) / 'last'}.",
-    )
-
-
-def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
-    """The preset with the model of the weights to begin with, and their tokenizer if they bring one."""
-    model = dataclasses.replace(load_config(Path(init)), dropout=preset.model.dropout)
-    brings = (Path(init) / "tokenizer.json").is_file()
-    data = dataclasses.replace(preset.data, tokenizer=init if brings else preset.data.tokenizer)
-    length = min(preset.sequence_length, model.max_position_embeddings)
-    return dataclasses.replace(preset, model=model, data=data, sequence_length=length)
-
-
-def _run_folder(config: RunConfig, framework: str) -> Path:
-    """The folder of the run: `--out` if it is free, else the first free of runs/PRESET-FRAMEWORK, -2, -3 ...
-
-    Free is also one whose run was killed before its first save: an automatic folder if it was the same run.
-    """
-    if not config.out:
-        return _first_free(Path("runs") / f"{config.preset}-{framework}", config)
-    out = Path(config.out)
-    try:
-        taken = is_taken(out)
-    except OSError as error:  # such as a name that is too long
-        raise UserError(f"--out {short(str(out))} cannot be a folder ({error.strerror}); choose another.") from None
-    if taken:
-        other = _first_free(out if out.name.strip(".") else Path("runs") / "new", config)
-        what = "already holds files, and a run never overwrites any" if out.is_dir() else "is a file"
-        go_on = f"go on with it by --resume {out}, or " if out.is_dir() and state_folders(out) else ""
-        raise FileExistsError(f"--out {out} {what}; {go_on}choose another folder, e.g. --out {other}.")
-    for parent in out.parents:
-        if parent.exists():
-            require(parent.is_dir(), f"--out {out} lies under {parent}, which is a file; choose a folder's path.")
-            break
-    return out
-
-
-def _first_free(folder: Path, config: RunConfig) -> Path:
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if _is_free(path, config))
-
-
-def _is_free(path: Path, config: RunConfig) -> bool:
-    """Whether a run may be put there without a word: nothing is there, or this very run, killed before its first save.
-
-    The vocabulary is not compared, which the text may raise.
-    """
-    if not path.exists():
-        return True
-    if is_taken(path):
-        return False
-    with locked(path) as held:
-        if not held:
-            return not any(path.iterdir())
-    try:
-        begun = dataclasses.replace(config, hosts=HostsConfig())  # of which a run's files know nothing
-        return not is_begun(path) or not begun_with(path, begun, but=["model.vocab_size"])
-    except UserError:  # a run.json that cannot be read is not this run's
-        return False
+    config = command.run_config()
+    if init and not resumed:
+        config = dataclasses.replace(config, init=default.init)  # with the commit, if it is the Hub's
+    return ready(config, framework)
