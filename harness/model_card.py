@@ -41,8 +41,8 @@ def training_card(
 ) -> str:
     """The card of a run's weights as they were after update `step`.
 
-    `about` says what the run ran on, as run.json does; `loss` is the validation loss of these weights in nats per token,
-    None if nobody measured it; `tokens` are those to train on and those held out.
+    `about` says what the run ran on, as run.json does; `loss` is the validation loss of these weights in nats per
+    token, None if nobody measured it; `tokens` are those to train on and those held out.
     """
     return _card(
         _quoted(Path(config.out).name or "model"),
@@ -90,7 +90,7 @@ def _card(title: str, model: ModelConfig, front: list[str], middle: list[str]) -
         "",
         "## Use",
         "",
-        "In the folder above this one, with its name for `FOLDER`:",
+        "With the path of this folder for `FOLDER`:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -105,11 +105,11 @@ def _card(title: str, model: ModelConfig, front: list[str], middle: list[str]) -
         "",
         "## Limitations",
         "",
-        "It writes text that is likely after its training text, true or not, and repeats what that text says, prejudice",
-        "included. Nobody has looked at what it writes before this card was made. It was trained to continue text, not",
-        "to follow instructions, unless something above says so. No licence is given for these weights: whoever passes",
-        "them on adds one that the training text allows, `license:` in the lines at the top of this file, and deletes",
-        "`manifest.json`, which holds the hash of this file as it was written.",
+        "It writes what is likely after its training text, true or not, and repeats what that text says, prejudice",
+        "included; nobody has judged what it writes. It was trained to continue text, not to follow instructions,",
+        "unless something above says so. No licence is given for these weights: whoever passes them on adds one that",
+        "the training text allows, `license:` in the lines at the top of this file, and deletes `manifest.json`, which",
+        "holds the hash of this file as it was written.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -155,17 +155,18 @@ def _quality(config: RunConfig, step: int, loss: float | None, bits_per_byte: fl
 
 def _training(config: RunConfig, step: int) -> list[str]:
     muon, adamw, schedule, precision = config.muon, config.adamw, config.schedule, config.precision
+    several = "es" if config.accumulation > 1 else ""
     begun = f"weights of {_quoted(config.init)}" if config.init else f"new weights, seed {config.seed}"
     return [
         "## Training",
         "",
         f"- from {begun}",
-        f"- {step:,} updates of {config.tokens_per_step:,} tokens ({config.accumulation} micro-batches of "
+        f"- {step:,} updates of {config.tokens_per_step:,} tokens ({config.accumulation} micro-batch{several} of "
         f"{config.batch_size} rows of {config.sequence_length}), {step * config.tokens_per_step:,} tokens in all",
         f"- Muon on the matrices of the blocks: learning rate {muon.learning_rate:g}, momentum {muon.beta:g}, weight "
         f"decay {muon.weight_decay:g}",
-        f"- AdamW on all others: learning rate {adamw.learning_rate:g}, betas {adamw.beta1:g} and {adamw.beta2:g}, weight "
-        f"decay {adamw.weight_decay:g}",
+        f"- AdamW on all others: learning rate {adamw.learning_rate:g}, betas {adamw.beta1:g} and {adamw.beta2:g}, "
+        f"weight decay {adamw.weight_decay:g}",
         f"- schedule: linear warm-up over {schedule.warmup_fraction:g} of the {config.steps:,} updates, then a cosine "
         f"to {schedule.final_factor:g} of the rates",
         f"- gradient norm clipped at {config.clip_norm:g}, dropout {config.model.dropout:g}",
@@ -197,8 +198,9 @@ def _made_with(about: Mapping[str, Any]) -> list[str]:
     versions = versions if isinstance(versions, Mapping) else {}
     device = environment.get("device") if isinstance(environment, Mapping) else None
     shown = [f"{name} {versions[name]}" for name in MADE_WITH if name in versions]
+    framework, python = (_quoted(str(about.get(name) or "unknown")) for name in ("framework", "python"))
     lines = [
-        f"- framework: {_quoted(str(about.get('framework', 'unknown')))}, Python {_quoted(str(about.get('python', '?')))}",
+        f"- framework: {framework}, Python {python}",
         f"- versions: {_quoted(', '.join(shown) or 'unknown')}",
         f"- device: {_quoted(str(device or 'unknown'))}",
         f"- commit of qwen-from-scratch: {_quoted(str(about.get('git_commit') or 'unknown'))}",

@@ -199,9 +199,10 @@ FLAGS = {
 def is_run(command: documented.Command, words: list[str]) -> bool:
     """Whether the night runs it: not what installs, what starts commands that are here themselves, or tests, which have
     runs of their own; nor what names a program and no more."""
-    program = words[2] if words[1:2] == ["-m"] else words[0].removeprefix(".venv/bin/")
-    ours = program not in ("venv", "pip", "make", "pytest", *documented.OTHERS)
-    return ours and (command.block > 0 or len(words) > 3 or words[1:2] != ["-m"])
+    program = words[0].removeprefix(".venv/bin/")
+    module = words[2] if program in documented.PYTHONS and words[1] == "-m" else ""
+    ours = (module or program) not in ("venv", "pip", "make", "pytest", *documented.OTHERS)
+    return ours and (command.block > 0 or len(words) > 3 or not module)
 
 
 def nightly() -> dict[str, list[documented.Command]]:

@@ -65,7 +65,7 @@ def test_a_card_says_what_the_run_was():
         "Validation loss 4.4500 nats per token, 2.0400 bits per byte, after update 320 of 320. It is measured on whole "
         "documents, which it was not trained on.",
         "- from new weights, seed 0",
-        "- 320 updates of 4,096 tokens (1 micro-batches of 16 rows of 256), 1,310,720 tokens in all",
+        "- 320 updates of 4,096 tokens (1 micro-batch of 16 rows of 256), 1,310,720 tokens in all",
         "- Muon on the matrices of the blocks: learning rate 0.02, momentum 0.95, weight decay 0",
         "- AdamW on all others: learning rate 0.004, betas 0.9 and 0.999, weight decay 0.1",
         "- corpus: `shakespeare`",
