@@ -3,13 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# cpu takes PyTorch's CPU wheel first; without it Linux gets PyPI's, which is a CUDA build. Elsewhere PyPI's is the CPU's.
+TORCH ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_RANGE := torch>=2.11,<2.16
+# Versions that CI has run; LOCK= takes the newest that pyproject.toml allows.
+VERSION = $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c 'import sys; print("%d.%d" % sys.version_info[:2])' \
+	2>/dev/null)
+LOCK ?= $(wildcard locks/ci-$(VERSION).txt)
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH) is not known; choose TORCH=cpu or leave it out)
+endif
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCKED = $(if $(LOCK),--constraint $(LOCK))
 
 # Two test processes with one compute thread each: faster than one process with two, and steady on small machines.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights clean
+.PHONY: help train test quick parity lint format bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights \
+	torch lock clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -25,9 +39,11 @@ help:
 	@echo "make mutants  seed bugs one by one and show which test catches each"
 	@echo "make fuzz     10,000 mutated files to each reader of foreign input  (ARGS='--target config --inputs 500')"
 	@echo "make realweights  fetch SmolLM2-135M (93 MB), hold both sides against transformers, fine-tune it"
+	@echo "make lock     write locks/ci-VERSION.txt anew: what pip resolves today (ARGS='torch==2.13.0')"
 	@echo "make clean    remove the virtual environment and caches; runs/ stays"
 	@echo
-	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer. Without make:"
+	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer; TORCH=cpu installs PyTorch's CPU wheel on Linux,"
+	@echo "instead of its CUDA build of 2.7 GB; LOCK= takes the newest packages instead of those CI has run. Without make:"
 	@echo "  python3 -m venv .venv && .venv/bin/pip install -e .          then  .venv/bin/python train_jax.py"
 	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[test]'  then  .venv/bin/python -m pytest"
 
@@ -43,13 +59,35 @@ $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+# $(call install,WHAT): pip's bar on a terminal, elsewhere a line for each download; fails if pip does.
+install = if [ -t 1 ]; then $(PIP) install $(1); else { PYTHONUNBUFFERED=1 $(PIP) install $(1) || echo "pip failed"; } | \
+	while IFS= read -r line; do case "$$line" in *Downloading*|*Processing*|Success*) echo "$$line";; \
+	"pip failed") exit 1;; esac; done; fi
+
+# Said before anything is fetched, and on Linux PyTorch's CPU wheel alone if that is wanted; docs/install.md has the sizes.
+torch: | $(BIN)/python
+	@if $(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then :; \
+	elif [ "$$(uname -s)" != Linux ]; then echo "to download: about 0.6 GB, PyTorch among it"; \
+	elif [ "$(TORCH)" = cpu ]; then echo "to download: PyTorch's CPU wheel, 0.2 GB, and about 0.4 GB of others"; \
+	  $(call install,$(LOCKED) --no-deps --index-url $(TORCH_INDEX) '$(TORCH_RANGE)'); \
+	elif $(PIP) index versions torch 2>/dev/null | grep -q '[0-9]+cpu'; then echo "to download: about 0.4 GB"; \
+	else echo "to download: PyTorch's CUDA build, 2.7 GB, and about 0.4 GB of others;" \
+	  "TORCH=cpu takes PyTorch's CPU wheel, 0.2 GB"; fi
+
+$(VENV)/.installed-test: pyproject.toml $(LOCK) | $(BIN)/python torch
+	@echo "installing into $(VENV); all tests then take 15 to 20 minutes on two cores, make quick half a minute"
+	@$(call install,$(LOCKED) -e '.[test]')
 	@touch $@ $(VENV)/.installed-base
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(LOCK) | $(BIN)/python torch
+	@$(call install,$(LOCKED) -e '.[dev]')
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
+
+# Writes the lock of this interpreter, from what pip would install into an empty environment.
+lock: | $(BIN)/python
+	$(PIP) install --quiet --dry-run --ignore-installed --report .lock.json '.[dev]' $(ARGS)
+	$(BIN)/python locks/write.py .lock.json locks/ci-$(VERSION).txt
+	rm .lock.json
 
 # Asked before gigabytes are fetched.
 has-gpu:
@@ -58,15 +96,16 @@ has-gpu:
 	  "'python -m benchmarks.gpu --dry_run True' (pip install -e '.[test]')" >&2; exit 2; }
 
 $(VENV)/.installed-cuda: pyproject.toml | has-gpu $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[cuda,test]'
+	@echo "to download: about 3.2 GB of CUDA builds and libraries, and about 0.4 GB of others"
+	@$(call install,-e '.[cuda,test]')
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 
 $(VENV)/.installed-plan: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[plan]'
+	@$(call install,-e '.[plan]')
 	@touch $@ $(VENV)/.installed-base
 
-$(VENV)/.installed-realweights: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[realweights]'
+$(VENV)/.installed-realweights: pyproject.toml $(LOCK) | $(BIN)/python torch
+	@$(call install,$(LOCKED) -e '.[realweights]')
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-base
 
 train: $(VENV)/.installed-base

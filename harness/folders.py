@@ -15,6 +15,7 @@ import numpy as np
 from harness.generation_config import with_stop
 from harness.hf_config import from_hf_config, to_hf_config
 from harness.manifest import MANIFEST, as_json, check_files, seal, with_checks
+from harness.model_card import README
 from harness.tensors import (
     CODES,
     DTYPES,
@@ -50,14 +51,17 @@ def save_folder(
     *,
     dtype: Dtype = "float32",
     about: Mapping[str, Any] | None = None,
+    card: str = "",
 ) -> None:
     """Write the folder whole or not at all: a finished one replaces its predecessor by renaming.
 
-    With `about`, which may be empty, it gets a manifest: that, and the hash of every file.
+    With `about`, which may be empty, it gets a manifest: that, and the hash of every file. `card` is its README.md.
     """
     check_weights(weights, config)
     with replacing(folder) as scratch:
         written = write_weights_folder(scratch, config, weights, tokenizer, dtype)
+        if card:
+            (scratch / README).write_text(card, encoding="utf-8", newline="")
         if about is not None:
             seal(scratch, MANIFEST, about, written)
 

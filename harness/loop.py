@@ -31,6 +31,7 @@ from harness.finished import finished
 from harness.folders import load_folder, save_folder
 from harness.hf_config import to_hf_config
 from harness.interruption import Interruption, Terminated
+from harness.model_card import training_card
 from harness.peers import ALONE, Peers
 from harness.plot import plot_runs
 from harness.preflight import (
@@ -559,6 +560,15 @@ class _Run:
         config, folder, tokenizer, log = self.config, self.folder, self.dataset.tokenizer, self.log
         kept = dataclasses.replace(config, resume="")
         lowest, text, step, rollbacks = self.best, self.dataset.fingerprint, self.position, self.rollbacks
+        dataset = self.dataset
+        card = training_card(
+            kept,
+            step=step,
+            about=log.about,
+            loss=lowest,
+            bits_per_byte=lowest / math.log(2) / dataset.bytes_per_token,
+            tokens=(len(dataset.train_tokens), len(dataset.validation_tokens)),
+        )
         self.saver.wait()
         snapshot = snapshot_of(self.trainer)
         if snapshot.shards is None and not self.peers.is_chief:
@@ -566,7 +576,7 @@ class _Run:
 
         def keep_best(weights: Mapping[str, np.ndarray]) -> None:
             about = {"step": step, "validation_loss": lowest}
-            save_folder(folder / "best", config.model, weights, tokenizer, about=about)
+            save_folder(folder / "best", config.model, weights, tokenizer, about=about, card=card)
 
         def write() -> None:
             check_room(config, best=best, state=state)

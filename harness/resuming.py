@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from harness.folders import load_folder, save_folder
 from harness.manifest import check_files
+from harness.model_card import training_card
 from harness.peers import ALONE, Peers
 from harness.records import readable_records
 from harness.state import OtherVersion, TrainingState, clear_scratch, load_state, set_apart, state_folders
@@ -141,7 +142,8 @@ def mend_best(config: RunConfig, state: TrainingState, tokenizer: Tokenizer) -> 
     records = [record for record in readable_records(folder) if record["kind"] == "validation"]
     if any((record["step"], record.get("loss")) == (state.position, state.best) for record in records):
         about = {"step": state.position, "validation_loss": state.best}
-        save_folder(best, config.model, state.weights, tokenizer, about=about)
+        card = training_card(config, step=state.position, about=state.about, loss=state.best)
+        save_folder(best, config.model, state.weights, tokenizer, about=about, card=card)
         said = "written again from last/, which is as good"
     else:
         said = f"lost, with its loss of {state.best:.4f}; the best of the evaluations to come is kept"

@@ -594,6 +594,7 @@ def test_a_damaged_best_is_written_again_where_last_is_as_good(config, how, caps
     assert "written again from last/" in capsys.readouterr().err
     for name, weight in load_folder(best)[1].items():
         np.testing.assert_array_equal(weight, before[name])
+    assert f"Validation loss {state.best:.4f} nats" in (best / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_text_that_is_gone_says_what_to_restore(killed, tmp_path):

@@ -16,7 +16,8 @@ import tyro
 from harness import cli, generation_config
 from harness.folders import find_weights, load_folder, replacing, steadily, write_json, write_weights
 from harness.hf_config import unused
-from harness.manifest import MANIFEST, RUN, check_files, seal
+from harness.manifest import MANIFEST, RUN, check_files, manifest_of, seal
+from harness.model_card import README, exported, training_card, weights_card
 from harness.state import ARRAYS, TrainingState, load_state, read_run, state_folders
 from harness.tensors import Damaged
 from recipe.config import Dtype, ModelConfig, UserError, require
@@ -113,7 +114,8 @@ def _summary(tensors: Mapping[str, np.ndarray]) -> str:
 def export(folder: Path, out: Path, dtype: Dtype) -> None:
     """The folder again with its weights in `dtype`, one by one; its tokenizer and the rest of config.json stay."""
     require(not out.exists(), f"{out} exists already; choose a new folder.")
-    _, weights = load_folder(folder)
+    config, weights = load_folder(folder)
+    card = exported(_card(folder, config), dtype)
     with replacing(out) as scratch:
         written = write_weights(scratch, weights, dtype)
         write_json(scratch / "config.json", read_json(folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype})
@@ -121,7 +123,18 @@ def export(folder: Path, out: Path, dtype: Dtype) -> None:
             ours = file.name in ("config.json", RUN, MANIFEST, "model.safetensors.index.json")
             if file.suffix in (".json", ".txt", ".jinja", ".model") and not ours:
                 shutil.copy(file, scratch)
+        (scratch / README).write_text(card, encoding="utf-8", newline="")
         seal(scratch, MANIFEST, {}, written)
+
+
+def _card(folder: Path, config: ModelConfig) -> str:
+    """The model card that this project gave a folder, or that one of a training state or of somebody else's gets."""
+    if README in (manifest_of(folder) or {}):
+        return (folder / README).read_text(encoding="utf-8")  # as it was written: loading the folder has hashed it
+    if not (folder / RUN).is_file():
+        return weights_card(folder.resolve().name, config)
+    values, run = read_run(folder)
+    return training_card(run, step=load_state(folder).position, about=values)
 
 
 def _is_ours(folder: Path) -> bool:
