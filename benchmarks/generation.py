@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks import job, machine, report
+from benchmarks.driver import Meter, Worker, cores_for, launch
 from benchmarks.tables import Bar, bars, ranged, table
-from benchmarks.throughput import Meter, Worker, launch
 from harness.cli import end, parse
 from recipe.config import RunConfig, require, to_dict
 from recipe.params import param_counts
@@ -85,11 +85,10 @@ class GenerationWorker(Worker):
     """A worker process that generates."""
 
     def __init__(self, mode: str, config: RunConfig, new_tokens: int, cpus: list[int]) -> None:
-        self.mode = mode
         # Cold compilation, and memory taken as needed: two frameworks may share one GPU.
         environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        self.process = launch("benchmarks.generation_worker", environment, cpus)
+        super().__init__(mode, launch("benchmarks.generation_worker", environment, cpus))
         self.send({"mode": mode, "config": to_dict(config), "new_tokens": new_tokens})
 
 
@@ -115,7 +114,7 @@ def summarise(first: dict, answers: list[dict], baseline: list[dict], tokens: in
 
 def benchmark(options: GenerationConfig) -> list[dict[str, Any]]:
     """Run the benchmark and return one row per batch size and mode."""
-    require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
+    cpus = cores_for(options.threads)
     report.check_free(options.out)
     precision = {"compute": options.dtype, "newton_schulz": "float32", "matmul": "highest", "attention": "explicit"}
     shape = {"batch_size": None, "sequence_length": None, "accumulation": None}
@@ -123,9 +122,6 @@ def benchmark(options: GenerationConfig) -> list[dict[str, Any]]:
     config = job.resolve(options.preset, **shape, **settings, **precision)
     total, limit = options.prompt_tokens + options.new_tokens, config.model.max_position_embeddings
     require(total <= limit, f"{total} tokens exceed the model's {limit} positions; lower --new-tokens.")
-    cores = machine.physical_cores()
-    require(options.threads <= len(cores), f"--threads {options.threads} exceeds the {len(cores)} cores; lower it.")
-    cpus = cores[: options.threads or len(cores)]
     print(
         f"{machine.cpu_name()}; pinned to {len(cpus)} cores; {param_counts(config.model).total:,} parameters",
         flush=True,

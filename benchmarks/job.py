@@ -5,15 +5,26 @@ fingerprints of what actually arrived in its framework.
 """
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import math
+import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from recipe.config import RunConfig, from_dict, require, to_dict
-from recipe.contract import NOT_THERE, UNIT_ROUNDOFF, PrecisionContract, require_same
+from recipe.contract import (
+    NOT_THERE,
+    UNIT_ROUNDOFF,
+    PrecisionContract,
+    openmp_threads,
+    require_same,
+    xla_threads,
+)
 from recipe.params import newton_schulz_flops, param_counts, train_flops_per_token
 from recipe.presets import get_preset
 
@@ -137,6 +148,57 @@ def part_flops(config: RunConfig) -> dict[str, float]:
         "cross_entropy": tokens * 6.0 * model.vocab_size * model.hidden_size,
         "attention": tokens * attention,
     }
+
+
+def check_foreseen(config: RunConfig, modes: Sequence[str], *, cpus: int, on_gpu: bool) -> None:
+    """Raise `UserError` for what settings and environment tell before any worker starts; `cpus` is what each may use.
+
+    What the workers find is checked by `check_contracts`, half a minute later.
+    """
+    needs_torch = [mode for mode in modes if mode != "jax"]
+    for package, users in {"torch": needs_torch, "transformers": [mode for mode in modes if mode == "hf"]}.items():
+        if users and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"mode {users[0]} needs {package}", name=package)
+    chunked = [mode for mode in modes if mode.endswith(ROUNDS_THE_LOSS)]
+    if chunked:
+        version = importlib.metadata.version("torch")
+        require(
+            tuple(map(int, version.split(".")[:2])) >= (2, 13),
+            f"mode {chunked[0]} needs torch's linear_cross_entropy in chunks, which torch {version} lacks; install "
+            "torch 2.13 or drop the mode.",
+        )
+    if "seed" in modes:
+        require(config.model.sliding_window is None, "mode seed has no sliding window; drop the mode or the window.")
+        decay = config.muon.weight_decay
+        require(decay == 0, f"mode seed has no muon.weight_decay={decay}; set it to 0 or drop the mode.")
+    compiled = [mode for mode in modes if mode.startswith("torch-compile") or mode == "seed"]
+    if compiled and not on_gpu and os.environ.get("TORCHDYNAMO_DISABLE", "0") == "0":
+        require(
+            any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+            f"mode {compiled[0]} needs a C++ compiler, and there is none here; install g++ or leave the mode out, "
+            "e.g. --modes jax,torch-eager.",
+        )
+    sides = [
+        foreseen(
+            mode,
+            # torch.optim.Muon iterates in bfloat16 whatever the parameters are.
+            newton_schulz="bfloat16" if mode == "hf" else config.precision.newton_schulz,
+            threads=NOT_THERE if on_gpu else foreseen_threads("jax" if mode == "jax" else "torch", cpus),
+        )
+        for mode in modes
+    ]
+    require_same(*sides, fields=("threads", "newton_schulz"), remedy=MAKE_ALIKE)
+
+
+def foreseen_threads(framework: str, cpus: int) -> str:
+    """Compute threads that a worker of this framework will have on so many CPUs in this environment."""
+    return str({"jax": xla_threads, "torch": openmp_threads}[framework](cpus))
+
+
+def foreseen(side: str, **known: str) -> PrecisionContract:
+    """A contract of what is known of a side before it runs."""
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(PrecisionContract)), NOT_THERE)
+    return PrecisionContract(**nothing | {"side": side} | known)
 
 
 def check_contracts(contracts: Mapping[str, Mapping]) -> None:

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from benchmarks import machine, report
+from benchmarks.driver import Meter, Worker, cores_for, launch
 from benchmarks.muon_speed_worker import DTYPES, STEPS, Shapes
 from benchmarks.tables import ranged, table
-from benchmarks.throughput import Meter, Worker, launch
 from harness.cli import end, parse
 from recipe.config import require
 from recipe.params import param_specs
@@ -137,10 +137,9 @@ class _Process(Worker):
     """A process that runs the rows of one framework."""
 
     def __init__(self, framework: str, job: dict[str, Any], cpus: list[int]) -> None:
-        self.mode = framework
         # Memory taken as needed: two frameworks may share one GPU.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self.process = launch(PROCESSES[framework], environment, cpus)
+        super().__init__(framework, launch(PROCESSES[framework], environment, cpus))
         self.send(job)
 
 
@@ -148,7 +147,7 @@ class _Timed:
     """A row in its process, with the face that `Meter` asks."""
 
     def __init__(self, row: str, process: _Process) -> None:
-        self.row, self.process = row, process
+        self.mode, self.row, self.process = row, row, process
 
     def ask(self, do: str, **values) -> dict[str, Any]:
         return self.process.ask(do, row=self.row, **values)
@@ -156,12 +155,9 @@ class _Timed:
 
 def benchmark(options: MuonSpeedConfig) -> dict[str, Any]:
     """Run the benchmark: the circumstances, and under `rows` one record per row."""
-    require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
+    cpus = cores_for(options.threads)
     shapes = matrices(options.preset, options.layers)
     report.check_free(options.out, ENDINGS)
-    cores = machine.physical_cores()
-    require(options.threads <= len(cores), f"--threads {options.threads} exceeds the {len(cores)} cores; lower it.")
-    cpus = cores[: options.threads or len(cores)]
     print(
         f"{machine.cpu_name()}; pinned to {len(cpus)} cores; {len(shapes)} matrices, "
         f"{flops(shapes.values(), gram=False):.4g} FLOPs per update",

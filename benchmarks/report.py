@@ -124,8 +124,8 @@ def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def device(row: dict[str, Any]) -> str:
     """The GPU's name, or the CPU's with the cores in use."""
-    name = row["environment"]["device"]
-    return f"{row['cpu']}, {row['cores']} in use" if row["contract"]["backend"] == "cpu" else name
+    contract = row["contract"]
+    return f"{row['cpu']}, {row['cores']} in use" if contract["backend"] == "cpu" else contract["device"]
 
 
 def title(row: dict[str, Any]) -> str:
@@ -302,9 +302,14 @@ def main() -> None:
     """Read the files, print one table, write table and picture."""
     describe = "Put several results into one table and one picture."
     options = parse(ReportConfig, sys.argv[1:], prog="benchmarks.report", description=describe)
-    rows = [
-        json.loads(line) for name in options.results for line in Path(name).read_text(encoding="utf-8").splitlines()
-    ]
+    rows = []
+    for name in options.results:
+        read = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        require(
+            all("first_update_differences" in row for row in read),
+            f"{name} holds rows of something else; name a .jsonl that benchmarks.throughput wrote of its modes.",
+        )
+        rows += read
     require(bool(rows), "the files given hold no rows; name the .jsonl files that benchmarks.throughput wrote.")
     show(rows, options.out, table=markdown, bars=plot, curves=plot_scaling)
 

@@ -2,27 +2,33 @@
 
 One process per mode, each with the same weights, batches and precision; the driver imports no framework. It steps the
 workers in turn and reverses the order every round, so that noise and clock drift hit all alike; or, `--exclusive`,
-gives each the machine to itself, twice, the second time in reverse order.
+gives each the machine to itself, twice, the second time in reverse order. `--jax-step` and `--torch-step` time steps of
+one's own instead (`benchmarks.pair`).
 """
 
-import contextlib
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks import job, machine, report
+from benchmarks import job, machine, pair, report
+from benchmarks.driver import (
+    Meter,
+    Worker,
+    WorkerEnded,
+    cold_environment,
+    cores_for,
+    flags_of,
+    launch,
+    refuse_a_busy_gpu,
+)
 from harness.cli import parse, run
 from recipe.config import RunConfig, require, to_dict
 
-ROOT = Path(__file__).resolve().parents[1]
 MODES = {
     "jax": "benchmarks.worker_jax",
     "torch-eager": "benchmarks.worker_torch",
@@ -45,20 +51,11 @@ XLA_PRESETS = {
 XLA_PRESETS["h100"] = " ".join(flags for flags in XLA_PRESETS.values() if flags)
 """Flags of XLA's GPU compiler that may help, by name; none has been measured yet, and all are off by default."""
 
-# Environment variables that change how fast or how exactly a framework computes; a row lists those that are set.
-FLAG_PREFIXES = (
-    *("XLA_", "JAX_", "LIBTPU_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"),
-    *("MALLOC_", "GLIBC_", "LD_PRELOAD", "CUDA_", "NVIDIA_", "CUBLAS", "CUDNN"),
-)
-
 BASELINE = "torch-eager"
-# CPU cores that others may use during a measurement on a CPU, and how often a disturbed one is repeated.
-FOREIGN_CORES, REPEATS = 0.15, 3
-# On a GPU others cannot be told from ourselves while we measure: it must be idle before we begin (share of time in
-# use, bytes in use), and the rounds of a mode may differ by this share at most.
-IDLE_UTILISATION, IDLE_BYTES, SPREAD = 0.05, 2**30, 0.10
 # The parts of an update are timed this often, for this share of a round each; the median counts.
 PART_ROUNDS, PART_SHARE = 5, 0.25
+OF_A_PAIR = ("jax_step", "torch_step", "rounds", "warmup", "round_seconds", "threads", "strict", "out")
+"""Options that go with steps of one's own; the others describe this project's."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class ThroughputConfig:
     """fused is the framework's kernel where it has one (SDPA, cuDNN), explicit this project's query blocks."""
     dropout: float = 0.0
     """Dropout rate; hf has none, and with it jax alone has a fused attention."""
-    modes: str = "jax,torch-eager"
+    modes: str = "jax,torch-eager,torch-compile"
     """Comma-separated: jax, torch-eager, torch-compile, torch-compile-max (max-autotune, GPU only),
     torch-eager-lce and torch-compile-lce (torch's linear_cross_entropy in chunks), hf (its Qwen3), seed (the seed
     notebook's path)."""
@@ -113,8 +110,24 @@ class ThroughputConfig:
     out: str = ""
     """Results are written to OUT.jsonl, OUT.md and OUT.png (a sweep's curves to OUT-scaling.png), never over older
     ones; empty prints the table only."""
+    jax_step: str = ""
+    """A step of your own in JAX, MODULE:FUNCTION or FILE.py:FUNCTION, timed against --torch-step instead of the modes;
+    what the function is: benchmarks/README.md."""
+    torch_step: str = ""
+    """Its opponent in torch."""
 
     def __post_init__(self) -> None:
+        if self.jax_step or self.torch_step:
+            for name, other in (("jax_step", "torch_step"), ("torch_step", "jax_step")):
+                flags = f"--{name} and --{other}".replace("_", "-")
+                require(bool(getattr(self, name)), f"{flags} go together, as MODULE:FUNCTION or FILE.py:FUNCTION.")
+            for one in fields(self):
+                value, default = getattr(self, one.name), one.default
+                require(
+                    one.name in OF_A_PAIR or default is MISSING or value == default,
+                    f"--{one.name.replace('_', '-')} {value} is of this project's own model and does not go with "
+                    "--jax-step; leave it out.",
+                )
         modes = self.mode_list
         for mode in modes:
             require(mode in MODES, f"--modes {mode} is unknown; choose from {', '.join(MODES)}.")
@@ -159,79 +172,17 @@ class ThroughputConfig:
         return [(batch, length) for length in lengths for batch in batches]
 
 
-def launch(module: str, environment: dict[str, str], cpus: list[int]) -> subprocess.Popen:
-    """`python -m module` on these cores, asked and answered a line at a time."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)  # inherited by the child, whose frameworks size their thread pools by it
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-class Worker:
-    """A worker process, its pipe, the CPUs it is pinned to, and its compilation cache."""
+class ModeWorker(Worker):
+    """A worker process of one mode, with a compilation cache of its own."""
 
     def __init__(self, mode: str, config: RunConfig, cpus: list[int], cache: Path, xla_flags: str = "") -> None:
-        self.mode = mode
-        # A folder of our own, so that what is called cold is cold, and memory taken as needed.
-        environment = dict(os.environ) | {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
-            "TRITON_CACHE_DIR": str(cache / "triton"),
-        }
+        environment = cold_environment(cache)
         if mode == "jax" and xla_flags:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
-        # Where this run's fresh cache lies says nothing to a reader.
-        self.flags = {
-            name: value.replace(str(cache.parent), "TEMPORARY")
-            for name, value in environment.items()
-            if name.startswith(FLAG_PREFIXES)
-        }
+        self.flags = flags_of(environment, cache)
         launched = time.perf_counter()
-        self.process = launch(MODES[mode], environment, cpus)
+        super().__init__(mode, launch(MODES[mode], environment, cpus))
         self.send({"mode": mode, "config": to_dict(config), "launched": launched})
-
-    def send(self, message: dict) -> None:
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerEnded(f"worker {self.mode} ended early; its error stands above") from None
-
-    def receive(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise WorkerEnded(f"worker {self.mode} ended with code {self.process.wait()}; its error stands above")
-        return json.loads(line)
-
-    def ask(self, do: str, **values) -> dict[str, Any]:
-        self.send({"do": do, **values})
-        return self.receive()
-
-    def close(self) -> None:
-        """Let it finish, or end it if it does not."""
-        with contextlib.suppress(BrokenPipeError):  # it may have ended already
-            self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
-class WorkerEnded(RuntimeError):
-    """A worker process that is gone."""
 
 
 @dataclass
@@ -249,43 +200,9 @@ class Measured:
     ceiling: float = 0.0
 
 
-class Meter:
-    """Times a worker's updates and the CPU that everything else used meanwhile."""
-
-    def __init__(self, cpus: list[int], guard: bool, strict: bool) -> None:
-        self.cpus, self.guard, self.strict = cpus, guard, strict
-
-    def once(self, worker: Worker, updates: int) -> dict[str, float]:
-        """One measurement; `foreign` is the mean number of these CPUs that others kept busy."""
-        before = machine.busy_seconds(self.cpus)
-        answer = worker.ask("run", updates=updates)
-        busy = machine.busy_seconds(self.cpus) - before
-        # The kernel counts in ticks, so up to one per CPU at either end is not evidence of anyone.
-        foreign = max(0.0, busy - answer["cpu_seconds"] - machine.TICK * len(self.cpus)) / answer["seconds"]
-        return answer | {"updates": updates, "foreign": foreign}
-
-    def quietest(self, worker: Worker, updates: int) -> dict[str, float]:
-        """A measurement that others left alone, or the least disturbed of 1 + REPEATS."""
-        best = self.once(worker, updates)
-        for _ in range(REPEATS):
-            if not self.noisy(best):
-                break
-            print(f"  {worker.mode}: others used {best['foreign']:.2f} cores; measuring again", flush=True)
-            best = min(best, self.once(worker, updates), key=lambda answer: answer["foreign"])
-        require(
-            not (self.strict and self.noisy(best)),
-            f"others used {best['foreign']:.2f} cores beside {worker.mode} in {1 + REPEATS} measurements, above "
-            f"{FOREIGN_CORES}; quieten the machine or drop --strict.",
-        )
-        return best
-
-    def noisy(self, answer: dict[str, float]) -> bool:
-        return self.guard and answer["foreign"] > FOREIGN_CORES
-
-
 def throughput(options: ThroughputConfig) -> list[dict[str, Any]]:
     """Run the benchmark and return one row per shape and mode; raises ValueError where modes cannot be compared."""
-    require(sys.platform == "linux", f"this runs on {sys.platform}, but the benchmark reads /proc; use Linux.")
+    cpus = cores_for(options.threads)
     configs = [
         job.resolve(
             options.preset,
@@ -302,10 +219,9 @@ def throughput(options: ThroughputConfig) -> list[dict[str, Any]]:
         )
         for batch_size, sequence_length in options.shapes
     ]
-    cores = machine.physical_cores()
-    require(options.threads <= len(cores), f"--threads {options.threads} exceeds the {len(cores)} cores; lower it.")
-    cpus = cores[: options.threads or len(cores)]
     report.check_free(options.out)
+    for config in configs:
+        job.check_foreseen(config, options.mode_list, cpus=len(cpus), on_gpu=machine.has_gpu())
     rows = []
     for config in configs:
         flops = job.flops_per_update(config)
@@ -332,7 +248,7 @@ class _Benchmark:
     def run(self) -> list[dict[str, Any]]:
         """One row per mode that could be measured."""
         options = self.options
-        self._refuse_a_busy_gpu()
+        refuse_a_busy_gpu(self.gpu_before, options.strict)
         if options.exclusive:
             half = options.rounds // 2
             for mode in options.mode_list:
@@ -347,10 +263,6 @@ class _Benchmark:
         require(bool(self.measured), f"--modes {options.modes}: none could be measured ({self.failed}); change them.")
         return self._rows()
 
-    @property
-    def on_gpu(self) -> bool:
-        return any(one.description["contract"]["backend"] == "gpu" for one in self.measured.values())
-
     def _alone(self, mode: str, rounds: int, *, parts: bool) -> None:
         """A visit of one mode; if its process ends early, it is left out, unless only its parts were missing."""
         try:
@@ -363,12 +275,12 @@ class _Benchmark:
 
     def _visit(self, modes: list[str], rounds: int, *, parts: bool) -> None:
         """Start these modes together, compare, and measure so many rounds; without rounds only the first update."""
-        workers: list[Worker] = []
+        workers: list[ModeWorker] = []
         described = {}
         try:
             for mode in modes:
                 flags = XLA_PRESETS[self.options.xla_preset]
-                workers.append(Worker(mode, self.config, self.cpus, self.caches / mode, flags))
+                workers.append(ModeWorker(mode, self.config, self.cpus, self.caches / mode, flags))
                 described[mode] = workers[-1].receive()  # one after another, as starting is timed
             self._begin(workers, described)
             if rounds and workers:
@@ -379,7 +291,7 @@ class _Benchmark:
             for worker in workers:
                 worker.close()
 
-    def _begin(self, workers: list[Worker], described: dict[str, dict]) -> None:
+    def _begin(self, workers: list[ModeWorker], described: dict[str, dict]) -> None:
         """The contract and the first update of each; a mode that this backend does not have is closed and removed."""
         for mode, answer in described.items():
             print(f"{mode}: {json.dumps(answer['contract'])}", flush=True)
@@ -408,28 +320,23 @@ class _Benchmark:
             differences = job.check_first_updates(self.config, firsts)
             print(f"first losses differ by {differences['loss']:.2e} nats, gradients by {differences['grad_norm']:.2e}")
 
-    def _measure(self, workers: list[Worker], rounds: int) -> None:
+    def _measure(self, workers: list[ModeWorker], rounds: int) -> None:
         """Warm-up and rounds, the order reversed every other one; then memory and ceiling."""
         options = self.options
         for worker in workers:
             memory = {"to_first": worker.ask("memory"), "reset": worker.ask("reset_memory")["done"]}
             self.measured[worker.mode].memory = self.measured[worker.mode].memory or memory
-        warm = {w.mode: self.meter.once(w, 1)["seconds"] for _ in range(options.warmup) for w in workers}
-        updates = max(1, math.ceil(options.round_seconds / min(warm.values())))
-        print(f"{updates} updates per measurement, {rounds} rounds", flush=True)
-        for index in range(rounds):
-            for worker in workers if index % 2 == 0 else reversed(workers):
-                self.measured[worker.mode].answers.append(self.meter.quietest(worker, updates))
-            seconds = {w.mode: self.measured[w.mode].answers[-1]["seconds"] / updates for w in workers}
-            times = ", ".join(f"{mode} {1e3 * value:.1f} ms" for mode, value in seconds.items())
-            print(f"round {index + 1}/{rounds}: {times}", flush=True)
+        seconds = options.round_seconds
+        for answers in self.meter.rounds(workers, rounds=rounds, warmup=options.warmup, seconds=seconds):
+            for mode, answer in answers.items():
+                self.measured[mode].answers.append(answer)
         for worker in workers:
             one = self.measured[worker.mode]
             one.memory.setdefault("steady", worker.ask("memory"))
             one.ceiling = max(one.ceiling, worker.ask("ceiling")["flops_per_second"])
             print(f"{worker.mode}: ceiling {one.ceiling / 1e9:.1f} GFLOP/s", flush=True)
 
-    def _time_parts(self, workers: list[Worker]) -> None:
+    def _time_parts(self, workers: list[ModeWorker]) -> None:
         """The parts of an update alone, the order reversed every other time."""
         seconds = PART_SHARE * self.options.round_seconds
         for index in range(PART_ROUNDS):
@@ -443,33 +350,9 @@ class _Benchmark:
         times = self.measured[mode].parts
         return {name: statistics.median(part[name] for part in times) for name in times[0]} if times else {}
 
-    def _refuse_a_busy_gpu(self) -> None:
-        busy = self._gpu_was_busy()
-        require(not (self.options.strict and busy), f"{busy}; wait until it is idle or drop --strict.")
-        if busy:
-            print(f"noisy: {busy}", flush=True)
-
-    def _gpu_was_busy(self) -> str:
-        """Why the GPU was not idle before the first worker, or nothing."""
-        state = self.gpu_before
-        if state is None or (state["utilisation"] <= IDLE_UTILISATION and state["bytes"] <= IDLE_BYTES):
-            return ""
-        return f"others keep the GPU {state['utilisation']:.0%} busy and hold {state['bytes'] / 2**20:,.0f} MiB of it"
-
-    def _noise(self, mode: str) -> str:
-        """Why a mode's times are not to be trusted, or nothing."""
-        answers = self.measured[mode].answers
-        if not self.on_gpu:
-            foreign = max(answer["foreign"] for answer in answers)
-            return f"others used up to {foreign:.2f} cores" if any(map(self.meter.noisy, answers)) else ""
-        seconds = [answer["seconds"] / answer["updates"] for answer in answers]
-        spread = max(seconds) / min(seconds) - 1.0
-        unsteady = f"rounds differ by {spread:.0%}" if spread > SPREAD else ""
-        return "; ".join(filter(None, (self._gpu_was_busy(), unsteady)))
-
     def _rows(self) -> list[dict[str, Any]]:
         options, config, measured = self.options, self.config, self.measured
-        noise = {mode: self._noise(mode) for mode in measured}
+        noise = {mode: self.meter.noise(one.answers, self.gpu_before) for mode, one in measured.items()}
         require(not (options.strict and any(noise.values())), f"too noisy: {noise}; quieten it or drop --strict.")
         skipped = {mode: one.answers[-1]["skipped"] for mode, one in measured.items() if one.answers[-1]["skipped"]}
         require(not skipped, f"updates were skipped as not finite: {skipped}; times of left-out work mean nothing.")
@@ -534,6 +417,12 @@ def main(argv: list[str]) -> None:
     """Parse, measure, print the table and write the results."""
     describe = "Time training updates of JAX and torch side by side: same weights, batches and precision."
     options = parse(ThroughputConfig, argv, prog="benchmarks.throughput", description=describe)
+    if options.jax_step:
+        how = {name: getattr(options, name) for name in ("rounds", "warmup", "round_seconds", "threads", "strict")}
+        report.check_free(options.out)
+        timed = pair.time_pair(options.jax_step, options.torch_step, **how)
+        report.show(timed.rows, options.out, table=pair.markdown, bars=pair.plot)
+        return
     rows = throughput(options)
     report.show(rows, options.out, table=report.markdown, bars=report.plot, curves=report.plot_scaling)
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from benchmarks import machine
@@ -24,7 +24,17 @@ Part = tuple[int, Callable[[int], None]]
 """How often an update runs a part, and a function that runs it so many times and waits."""
 
 
-class Side(Protocol):
+class HasMemory(Protocol):
+    """What tells of a device's memory."""
+
+    def device_peak_bytes(self) -> int | None:
+        """Largest device memory in use since the start or the last reset; None on a CPU."""
+
+    def reset_device_peak(self) -> None:
+        """Let the peak count from the present use, where the framework can."""
+
+
+class Side(HasMemory, Protocol):
     """One implementation under measurement."""
 
     def describe(self) -> dict[str, Any]:
@@ -48,15 +58,10 @@ class Side(Protocol):
     def parts(self) -> dict[str, Part]:
         """Parts of an update (`job.PARTS`) by themselves; they may spoil the state, so no update follows."""
 
-    def device_peak_bytes(self) -> int | None:
-        """Largest device memory in use since the start or the last reset; None on a CPU."""
 
-    def reset_device_peak(self) -> None:
-        """Let the peak count from the present use, where the framework can."""
-
-
-def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
-    """Read the job and then commands from stdin until it closes; stdout carries replies alone, prints go to stderr."""
+def reply_channel() -> Callable[[dict], None]:
+    """A function that sends one JSON line to the driver; stdout carries these alone, whatever is printed goes to
+    stderr."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -64,6 +69,19 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
 
+    return reply
+
+
+def answer_commands(reply: Callable[[dict], None], commands: Mapping[str, Callable[[dict], dict]]) -> None:
+    """Answer a line of stdin after the other, each naming one of the commands, until it closes."""
+    for line in sys.stdin:
+        command = json.loads(line)
+        reply(commands[command["do"]](command))
+
+
+def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
+    """Read the job from stdin, and then commands."""
+    reply = reply_channel()
     job = json.loads(sys.stdin.readline())
     # The driver's clock reading: on Linux this clock is the machine's, the same in every process.
     import_seconds = time.perf_counter() - job["launched"]
@@ -85,10 +103,6 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
     description["contract"] = dataclasses.asdict(contract)
     reply(description | {"start_seconds": start_seconds})
 
-    def reset_memory(_) -> dict[str, bool]:
-        side.reset_device_peak()
-        return {"done": machine.reset_peak_memory()}
-
     parts: dict[str, Part] = {}
 
     def time_parts(command) -> dict[str, float]:
@@ -98,13 +112,23 @@ def serve(make_side: Callable[[RunConfig, str, dict], Side]) -> None:
     commands = {
         "run": lambda command: _run(side, batches, command["updates"]),
         "ceiling": lambda _: _ceiling(side, contract.backend),
-        "memory": lambda _: {"peak_rss": machine.peak_memory_bytes(), "peak_device": side.device_peak_bytes()},
-        "reset_memory": reset_memory,
+        **memory_commands(side),
         "parts": time_parts,
     }
-    for line in sys.stdin:
-        command = json.loads(line)
-        reply(commands[command["do"]](command))
+    answer_commands(reply, commands)
+
+
+def memory_commands(side: HasMemory) -> dict[str, Callable[[dict], dict]]:
+    """The commands that ask for peaks in bytes, of this process and of the device, and that reset them."""
+
+    def reset(_) -> dict[str, bool]:
+        side.reset_device_peak()
+        return {"done": machine.reset_peak_memory()}
+
+    def ask(_) -> dict[str, int | None]:
+        return {"peak_rss": machine.peak_memory_bytes(), "peak_device": side.device_peak_bytes()}
+
+    return {"memory": ask, "reset_memory": reset}
 
 
 def _run(side: Side, batches: list, updates: int) -> dict[str, float]:

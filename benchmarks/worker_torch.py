@@ -17,7 +17,7 @@ from benchmarks import job, notebook
 from benchmarks.job import WorkContract
 from benchmarks.worker import Part, serve
 from harness.hf_config import to_hf_config
-from recipe.config import RunConfig, require
+from recipe.config import RunConfig
 from recipe.contract import FLOAT32_PROBE, NOT_THERE, accumulation_of, dropout_of, float32_product, openmp_threads
 from recipe.params import param_specs
 from torch_ref import attention as reference_attention
@@ -48,11 +48,6 @@ class TorchSide:
         self.hidden_dtype = getattr(torch, config.precision.compute)
         self.cross_entropy = reference_loss.cross_entropy
         if mode.endswith(job.ROUNDS_THE_LOSS):
-            require(
-                hasattr(torch.nn, "LinearCrossEntropyOptions"),
-                f"mode {mode} needs torch's linear_cross_entropy in chunks, which torch {torch.__version__} lacks; "
-                "install torch 2.13 or drop the mode.",
-            )
             # This process runs no other mode, so the model may be given torch's function for its own.
             self.cross_entropy = reference_model.cross_entropy = linear_cross_entropy
         self.model.loss = self.compiled(self.model.loss)
@@ -325,7 +320,6 @@ class SeedSide(AutocastSide):
 
     def make_model(self, weights: dict[str, np.ndarray]) -> torch.nn.Module:
         config = self.config
-        require(config.model.sliding_window is None, "mode seed has no sliding window; drop the mode or the window.")
         # This process runs no other mode, so the model may be given the notebook's attention for its own.
         reference_model.fused_attention = lambda *qkv, window, **_: self.attend(*qkv, window=window)
         precision = dataclasses.replace(config.precision, compute="float32", attention="fused")
@@ -333,7 +327,6 @@ class SeedSide(AutocastSide):
 
     def make_muon(self, matrices: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         muon = self.config.muon
-        require(muon.weight_decay == 0, f"mode seed has no muon.weight_decay={muon.weight_decay}; set it to 0.")
         dtype = getattr(torch, self.config.precision.newton_schulz)
         one = functools.partial(notebook.newton_schulz, steps=muon.ns_steps, eps=muon.eps, dtype=dtype)
         return notebook.Muon(

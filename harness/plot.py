@@ -24,7 +24,7 @@ def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[st
     for one that is none. The file is written whole or not at all; an older one stays until then.
     """
     from matplotlib.figure import Figure  # half a second; and Figure alone needs no display and no global backend
-    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     out, formats = Path(out_png), Figure().canvas.get_supported_filetypes()
     require(
@@ -70,7 +70,7 @@ def plot_runs(folders: list[str | Path], out_png: str | Path, baselines: dict[st
 
     loss_axes.set(ylabel="loss (nats per token)", title="Loss")
     accuracy_axes.set(title="Validation accuracy")
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    accuracy_axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.10g}%")  # as many digits as a step needs
     perplexity_axes.set(title="Validation perplexity")
     if has_perplexity:
         perplexity_axes.set(yscale="log")

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.cli import one_line
@@ -96,8 +97,10 @@ def serve(
 ) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C; with `render`, which makes a prompt of messages, it is a chat.
 
-    The controls begin at `options`. `UserError` if Gradio is not installed or the port is taken.
+    The controls begin at `options`; `title` is where the model lies, and the page is called as the model is.
+    `UserError` if Gradio is not installed or the port is taken.
     """
+    name = model_name(title)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # It would ask its makers for the newest version.
     try:
         import gradio
@@ -118,11 +121,8 @@ def serve(
                 require(value is not None, f"{name} is empty; enter a number.")
             chosen = dataclasses.replace(options, **dict(zip(CONTROLS, values, strict=True)))
             require(characters <= longest, f"{characters:,} characters are more than {longest:,}; shorten the text.")
-            text = ""
-            yield text
-            for _, piece in text_pieces(generate, tokenizer, [read()], chosen):
-                text += piece
-                yield text
+            yield ""
+            yield from growing(piece for _, piece in text_pieces(generate, tokenizer, [read()], chosen))
         except UserError as error:
             # Not gradio.Error, after which the page goes on showing its stop button.
             gradio.Warning(str(error), title="Not possible")
@@ -137,7 +137,7 @@ def serve(
         characters = sum(len(message["content"]) for message in messages)
         yield from texts(lambda: tokenizer.encode(render(messages)), characters, values)
 
-    accordion = gradio.Accordion("Sampling", open=True)
+    accordion = gradio.Accordion("Sampling", open=False)  # the button stays in sight
     page: gradio.Blocks
     if render is None:
         page = gradio.Interface(
@@ -146,7 +146,7 @@ def serve(
             outputs=gradio.Textbox(label="Text", lines=20),
             additional_inputs=controls,
             additional_inputs_accordion=accordion,
-            title=title,
+            title=name,
             description=f"At most {longest:,} characters.",
             flagging_mode="never",
             analytics_enabled=False,
@@ -154,10 +154,10 @@ def serve(
     else:
         page = gradio.ChatInterface(
             answer,
-            chatbot=gradio.Chatbot(buttons=["copy"]),  # and none that shares the talk with the world
+            chatbot=gradio.Chatbot(label="Talk", buttons=["copy"]),  # and none that shares the talk with the world
             additional_inputs=controls,
             additional_inputs_accordion=accordion,
-            title=title,
+            title=name,
             description=f"At most {longest:,} characters.",
             analytics_enabled=False,
         )
@@ -176,6 +176,20 @@ def serve(
         raise UserError(f"--port {port} is taken; choose another, e.g. --port {port + 1}.") from None
     print(f"open {url} in a browser; Ctrl-C ends", flush=True)
     page.block_thread()
+
+
+def growing(pieces: Iterable[str]) -> Iterator[str]:
+    """The text so far, after each piece; half a character at its end, of which nothing more will come, is left out."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        yield text.rstrip("\ufffd")
+
+
+def model_name(place: str) -> str:
+    """What people call the model of a folder or a Hub name: the last part, of a run's folder `best` the run's own."""
+    path = Path(place).resolve()
+    return path.parent.name if path.name in ("best", "last") else path.name or place
 
 
 def _text(content: str | Sequence[Mapping[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
 
 import jax_impl.attention
 import jax_impl.model
@@ -24,10 +28,12 @@ from parity_tests.cases import AWKWARD, FLOAT32, PRECISIONS, VARIANTS, random_to
 from parity_tests.compare import report as report_module
 from parity_tests.compare.errors import CompareError
 from parity_tests.compare.functions import compare
-from parity_tests.compare.report import EXACT, INFINITE, Report, Row
+from parity_tests.compare.report import COLOURS, EXACT, INFINITE, Coverage, Report, Row
 from parity_tests.contract import process_contract
 from recipe.config import UserError
 from recipe.contract import MUST_AGREE, require_same
+from tests import browser
+from tests.test_documents import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dataclasses.replace(AWKWARD, num_hidden_layers=2)
@@ -163,7 +169,7 @@ def test_a_report_is_written_whole(everything, tmp_path):
     assert values["contracts"]["jax float32"]["matmul"] == "float32" and values["commit"]
     for path in paths:
         if path.suffix == ".png":
-            assert path.read_bytes().startswith(b"\x89PNG")
+            assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < LIMIT
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(pictures) and "http" not in page.replace("http-equiv", "")
     assert all(row.name in page for row in found.rows)
@@ -181,15 +187,22 @@ def made_up() -> Report:
 
 
 class Page(html.parser.HTMLParser):
-    """The rows of a page's tables, as (class, cells), and its tags in order."""
+    """The rows of a page's tables, as (class, cells), and its tags in order, each closed where it must be."""
+
+    VOID = ("meta", "img")
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.rows, self.tags = [], [""]
+        self.rows, self.tags, self.open = [], [""], []
         self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        names = [name for name, _ in attributes]
+        assert len(set(names)) == len(names), f"{tag} has an attribute twice"
+        if tag not in self.VOID:
+            self.open.append(tag)
         if tag == "tr":
             self.rows.append((dict(attributes).get("class", ""), []))
         elif tag in ("td", "th"):
@@ -197,6 +210,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         self.tags.append("/" + tag)
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         if self.tags[-1] in ("td", "th"):
@@ -208,17 +222,76 @@ def test_the_page_says_the_verdict_first_and_marks_what_fails():
     text = found.to_html()
     page = Page(text)
     assert text.count('class="verdict beyond"') == 1 and "script" not in page.tags and "b" not in page.tags
-    order = [text.index(part) for part in ("<h1>", ">Divergence<", found.about["date"], "numpy ", "<table", "<img")]
+    order = [
+        text.index(part) for part in ("<h1>", "✗", ">Divergence<", found.about["date"], "numpy ", "<table", "<img")
+    ]
     assert order == sorted(order)
     failing = [cells for kind, cells in page.rows if kind == "beyond"]
-    # One line of the summary (dtype, phase, side) and one tensor.
-    assert [cells[:3] for cells in failing] == [["float64", "forward", "jax"], ["float64", "forward b", "scalar"]]
-    assert failing[0][-1] == "1 beyond" and failing[1][-1] == "beyond: jax"
-    assert failing[1][3:6] == ["1.50e-02", "1.00e-15", "1.50e+13"]
-    (exact,) = [cells for _, cells in page.rows if cells[1:2] == ["forward a<b>"]]
-    assert exact[2] == "2×3" and exact[3] == exact[5] == "0.00e+00" and exact[-1] == ""
-    (one_side,) = [cells for _, cells in page.rows if cells[1:2] == ["backward c"]]
-    assert one_side[3:6] == ["", "", ""] and one_side[8] == "5.00e-01"
+    assert all((cells[0] == "✗") == (kind == "beyond") for kind, cells in page.rows)
+    # Of the worst, of the summary (dtype, phase, side), and of the tensors.
+    worst, summary, tensor = failing
+    assert worst[1:] == ["float64", "jax", "forward b", "1.50e-02", "1.00e-15", "1.50e+13"]
+    assert summary[1:6] == ["float64", "forward", "jax", "2", "1 beyond"]
+    assert tensor[1:4] == ["float64", "forward b", "scalar"] and tensor[-1] == "beyond: jax"
+    assert tensor[4:7] == ["1.50e-02", "1.00e-15", "1.50e+13"]
+    tensors = [cells for _, cells in page.rows if len(cells) == len(tensor)]
+    (exact,) = [cells for cells in tensors if cells[2] == "forward a<b>"]
+    assert exact[3] == "2×3" and exact[4] == exact[6] == "0.00e+00" and exact[-1] == ""
+    (one_side,) = [cells for cells in tensors if cells[2] == "backward c"]
+    assert one_side[4:7] == ["", "", ""] and one_side[9] == "5.00e-01"
+
+
+@pytest.mark.parametrize(("kind", "sign", "headline"), [("equal", "✓", "Equal"), ("incomplete", "!", "Incomplete")])
+def test_what_is_no_divergence_has_a_sign_of_its_own(kind, sign, headline):
+    left_out = Coverage(tensors=(2, 3), only_torch=("c",)) if kind == "incomplete" else None
+    found = dataclasses.replace(made_up(), rows=[made_up().rows[0]], coverage=left_out)
+    page = found.to_html()
+    assert f'class="verdict {kind}"' in page and f'<span class="sign">{sign}</span>' in page
+    assert f'<span class="headline">{headline}</span>' in page and f"<title>{headline}: a &amp; b</title>" in page
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.started() as driver:
+        yield driver
+
+
+@browser.needs_browser
+def test_the_page_as_people_look_at_it(chromium, tmp_path):
+    """On a screen, on a phone, in the dark: verdict, date and versions at the top, nothing cut off at the side, what
+    fails in another colour, everything to be read."""
+    from selenium.webdriver.common.by import By
+
+    many = [dataclasses.replace(row, name=f"{row.name}.{'layers.' * 9}{n}") for n in range(9) for row in made_up().rows]
+    many += made_up().rows[1:]
+    note = f"outputs only in torch, not compared: {'unbroken.' * 30}"
+    made = dataclasses.replace(made_up(), rows=many, notes=[note], title=f"{'long_name.' * 9} against torch")
+    (tmp_path / "page.html").write_text(made.to_html(), encoding="utf-8")
+    for width, height, scheme in ((1280, 800, "light"), (390, 844, "light"), (1280, 800, "dark")):
+        browser.window(chromium, width, height, scheme=scheme)
+        chromium.get((tmp_path / "page.html").as_uri())
+        browser.picture(chromium, f"report-{width}-{scheme}.png")
+        content, shown = browser.size_of_page(chromium)
+        assert content <= shown <= width, "the page itself scrolls to the side"
+
+        def seen(css):
+            return chromium.find_elements(By.CSS_SELECTOR, css)
+
+        assert seen(".verdict")[0].rect["y"] + seen(".verdict")[0].rect["height"] < height
+        if width > 500:
+            assert seen(".about")[0].rect["y"] + seen(".about")[0].rect["height"] < height / 2
+        fine, failing = seen("table.tensors tbody tr:not(.beyond)")[0], seen("table.tensors tr.beyond")[0]
+        behind = [row.value_of_css_property("background-color") for row in (fine, failing)]
+        assert behind[0] != behind[1]
+        texts = [*seen(".headline, .verdict pre, .about, .beyond .word")[:4], *failing.find_elements(By.TAG_NAME, "td")]
+        for element in [*texts, *fine.find_elements(By.TAG_NAME, "td")]:
+            assert browser.contrast(chromium, element) >= browser.READABLE, (scheme, element.get_attribute("outerHTML"))
+        for table in seen(".scroll"):
+            assert table.rect["x"] >= 0 and table.rect["x"] + table.rect["width"] <= width
+        assert all(image.get_property("naturalWidth") > 0 for image in seen("img"))
+        assert all(image.rect["width"] >= min(width, 390) for image in seen("img"))
+    requests = chromium.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+    assert all(name.startswith("data:") for name in requests)
 
 
 def test_an_equal_page_has_no_row_marked():
@@ -250,6 +323,26 @@ def test_the_picture_shows_exact_and_infinite_errors_and_names_its_marks(monkeyp
     for name in ("jax: error", "jax: allowance (dotted)", "x: beyond its allowance", EXACT, INFINITE):
         assert name in names
     assert not figure.axes[0].texts
+
+
+def test_the_picture_is_small_and_keeps_its_colours():
+    figure = Figure(figsize=(9, 3))
+    axes = figure.add_subplot()
+    colours = [*sorted({to_hex(COLOURS[side]) for side in COLOURS}), "#ff0000"]
+    for index, colour in enumerate(colours):
+        axes.plot([index], [index], color=colour, marker="x" if colour == "#ff0000" else ".")
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png")
+    made = report_module._png(figure)
+    kept = {to_hex([c / 255 for c in colour]) for _, colour in Image.open(io.BytesIO(made)).convert("RGB").getcolors()}
+    assert kept >= set(colours) and 2 * len(made) < len(plain.getvalue())
+
+
+def test_long_names_are_cut_at_their_beginning_below_a_picture():
+    rows = [dataclasses.replace(made_up().rows[0], name=f"forward {'layers.' * 9}{name}") for name in ("norm", "out")]
+    ticks = report_module._ticks([*rows, made_up().rows[1]])
+    assert ticks[0].startswith("…") and ticks[0].endswith("layers.norm") and ticks[2] == "b"
+    assert max(map(len, ticks.values())) == report_module.LONGEST_TICK
 
 
 def test_a_panel_without_a_line_says_why(monkeypatch):

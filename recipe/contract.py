@@ -74,17 +74,18 @@ def cpus_in_reach() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def xla_threads() -> int:
-    """Threads of XLA's CPU backend, which can be told to use one and else takes every CPU in reach."""
-    return 1 if "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "") else cpus_in_reach()
+def xla_threads(cpus: int | None = None) -> int:
+    """Threads of XLA's CPU backend, which can be told to use one and else takes every CPU in reach, or these."""
+    single = "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
+    return 1 if single else cpus or cpus_in_reach()
 
 
-def openmp_threads() -> int:
-    """Threads torch should be set to: OpenMP's own variable decides, else the CPUs in reach.
+def openmp_threads(cpus: int | None = None) -> int:
+    """Threads torch should be set to: OpenMP's own variable decides, else the CPUs in reach, or these.
 
     Left alone, torch takes MKL's count, which is capped by the cores MKL sees.
     """
-    return int(os.environ.get("OMP_NUM_THREADS", cpus_in_reach()))
+    return int(os.environ.get("OMP_NUM_THREADS", cpus or cpus_in_reach()))
 
 
 def require_same(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import job, machine, report, worker
-from benchmarks.throughput import FOREIGN_CORES, REPEATS, XLA_PRESETS, Meter, ThroughputConfig
+from benchmarks.driver import FOREIGN_CORES, REPEATS, Meter
+from benchmarks.throughput import XLA_PRESETS, ThroughputConfig
 from recipe.contract import UNIT_ROUNDOFF
 from recipe.params import newton_schulz_flops, train_flops_per_token
 

@@ -60,6 +60,38 @@ def test_whatever_its_numbers_are_a_run_is_drawn_without_a_warning(case, tmp_pat
     assert finished(tmp_path, dataclasses.replace(CONFIG, sample_tokens=0))
 
 
+def figure_of(run: Path, monkeypatch) -> Figure:
+    """The figure that `plot_runs` saves of this run."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    plot_runs([run], run / "loss.png")
+    return figures[0]
+
+
+ACCURACY_LABELS = {
+    0.15: ["0%", "2.5%", "5%", "7.5%", "10%", "12.5%", "15%"],
+    0.25: ["0%", "5%", "10%", "15%", "20%", "25%"],
+    0.9: ["0%", "20%", "40%", "60%", "80%"],
+    0.015: ["0%", "0.25%", "0.5%", "0.75%", "1%", "1.25%", "1.5%"],
+}
+
+
+@pytest.mark.parametrize("best", ACCURACY_LABELS)
+def test_the_accuracy_axis_reads_as_percent_with_the_digits_of_its_steps(best, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write_log(run, [3.0, 2.0])
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    for accuracy in (0.0, best):
+        text = text.replace('"accuracy": 0.5', f'"accuracy": {accuracy}', 1)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    loss, accuracy, _ = figure_of(run, monkeypatch).axes
+    assert accuracy.get_title() == "Validation accuracy"
+    low, high = accuracy.get_ylim()
+    ticks = zip(accuracy.get_yticks(), accuracy.get_yticklabels(), strict=True)
+    assert [label.get_text() for tick, label in ticks if low <= tick <= high] == ACCURACY_LABELS[best]
+    assert [line.get_text() for line in loss.get_legend().get_texts()] == ["run (jax): train", "run (jax): validation"]
+
+
 @pytest.mark.parametrize("step", [-1, 2**31, 10**400])
 def test_a_step_that_no_run_has_is_told(step, tmp_path):
     write_log(tmp_path / "run", [1.0])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,20 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from harness import web
 from harness.folders import save_folder
+from harness.text import TextStream
 from recipe.config import ModelConfig
 from recipe.params import init_params
 from recipe.tokenizer import train_bpe
+from tests.browser import READABLE, contrast, needs_browser, picture, size_of_page, started, window
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 STOP = "button.stop-button"  # what Gradio calls it
 GREEDY = ["--max_new_tokens", "12", "--temperature", "0"]
-
-needs_browser = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs Chromium and ChromeDriver (Debian: apt-get install chromium-driver)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +71,9 @@ def served(module, checkpoint, *arguments):
 
 @pytest.fixture(scope="module")
 def browser():
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1200,1400")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with started() as driver:
+        window(driver, 1200, 1000)
+        yield driver
 
 
 def wait(browser, condition):
@@ -104,6 +94,13 @@ def labelled(browser, label):
     return wait(browser, lambda: browser.find_elements(By.XPATH, path))[0]
 
 
+def empty(box):
+    from selenium.webdriver.common.keys import Keys
+
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(Keys.BACKSPACE)
+
+
 def enter(box, text):
     from selenium.webdriver.common.keys import Keys
 
@@ -117,10 +114,19 @@ def press(browser, text):
     wait(browser, lambda: browser.find_elements(By.XPATH, f"//button[normalize-space()={text!r}]"))[0].click()
 
 
-def picture(browser, name):
-    """A screenshot, where somebody asked for one."""
-    if folder := os.environ.get("WEB_PICTURES"):
-        browser.save_screenshot(str(Path(folder) / name))
+def open_sampling(browser):
+    """Show the controls, which begin closed."""
+    from selenium.webdriver.common.by import By
+
+    wait(browser, lambda: browser.find_elements(By.XPATH, "//button[contains(., 'Sampling')]"))[0].click()
+
+
+def foot(browser, text):
+    """Where the button with this text ends, in pixels from the top of the page."""
+    from selenium.webdriver.common.by import By
+
+    (button,) = browser.find_elements(By.XPATH, f"//button[normalize-space()={text!r}]")
+    return button.rect["y"] + button.rect["height"]
 
 
 @needs_browser
@@ -129,12 +135,29 @@ def test_the_page_writes_the_text_of_the_command_line(module, checkpoint, browse
     expected = generate(module, checkpoint, "--prompt", "the quick").stdout.rstrip("\n")
     assert len(expected) > len("the quick")
     with served(module, checkpoint) as url:
-        browser.get(url)
+        for width, height in ((390, 844), (1200, 1000)):
+            window(browser, width, height)
+            browser.get(url)
+            labelled(browser, "Prompt")
+            picture(browser, f"{module}-{width}.png")
+            assert foot(browser, "Submit") < height / 1.5, "below the fold"
+            assert size_of_page(browser) == (width, width), "the page scrolls to the side"
+        (title,) = browser.find_elements("css selector", "h1")
+        assert title.text == browser.title == "model", "the folder's path stands for its name"
+        for field in ("Prompt", "Text"):
+            assert contrast(browser, labelled(browser, field)) >= READABLE
         enter(labelled(browser, "Prompt"), "the quick")
         press(browser, "Submit")
         wait(browser, lambda: labelled(browser, "Text").get_property("value") == expected)
         picture(browser, f"{module}.png")
 
+        empty(labelled(browser, "Prompt"))
+        press(browser, "Submit")
+        wait(browser, lambda: "the prompt has no tokens; give at least one character" in browser.page_source)
+        picture(browser, f"{module}-empty.png")
+        enter(labelled(browser, "Prompt"), "the quick")
+
+        open_sampling(browser)
         # More tokens than the model has positions: the rule is on the page, the server lives on.
         enter(labelled(browser, "New tokens at most"), "9999999")
         press(browser, "Submit")
@@ -169,6 +192,38 @@ def test_a_talk_on_the_page_is_the_talk_on_the_terminal(checkpoint, browser):
             # The whole answer may be there before the page takes another turn: it shows its stop button until then.
             wait(browser, lambda: not any(b.is_displayed() for b in browser.find_elements(By.CSS_SELECTOR, STOP)))
         picture(browser, "chat.png")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("runs/mine", "mine"),
+        ("runs/mine/best/", "mine"),
+        ("runs/mine/last", "mine"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/", "/"),
+    ],
+)
+def test_the_page_is_called_as_the_model_is(place, name):
+    assert web.model_name(place) == name
+
+
+def test_a_folder_of_here_has_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "best").mkdir(parents=True)
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "best"):
+        monkeypatch.chdir(folder)
+        assert web.model_name(".") == "mine"
+
+
+def test_half_a_character_is_not_shown_while_it_comes_nor_at_the_end():
+    tokenizer = train_bpe(["plain"], 257)
+    tokens = tokenizer.encode("né€") + tokenizer.encode("€")[:2]
+    stream = TextStream(tokenizer, [])
+    pieces = [*(stream.push(token) for token in tokens), stream.flush()]
+    assert pieces[-1].strip("\ufffd") == "" != pieces[-1], "the last character never came whole"
+    shown = list(web.growing(pieces))
+    assert shown[-1] == "né€" and not any("\ufffd" in text for text in shown)
+    assert list(web.growing(["a\ufffd", "b"])) == ["a", "a\ufffdb"], "what no token makes whole stays between others"
 
 
 def test_the_page_refuses_in_one_line(checkpoint):

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ COLOURS = {
     "candidate": "#1f77b4",
     "reference": "#ff7f0e",
 }
+LONGEST_TICK = 32
+"""Characters of a tensor's name below a picture."""
 BEYOND = "x: beyond its allowance"
 EXACT = "at the foot: exactly 0"
 INFINITE = "at the top: infinite (wrong shape, or not a number)"
@@ -291,8 +294,9 @@ class Report:
         images = {name: base64.b64encode(data).decode() for name, data in self.pictures().items()}
         return _template().render(
             title=self.title,
-            equal=self.exit_code == 0,
             headline=self.headline,
+            kind={"Equal": "equal", "Incomplete": "incomplete"}.get(self.headline, "beyond"),
+            sign={"Equal": "✓", "Incomplete": "!"}.get(self.headline, "✗"),
             verdict=self.verdict(),
             about=self.about,
             summary=self.summary(),
@@ -355,13 +359,18 @@ def _figure(title: str, width: float, panels: int):
     from matplotlib.figure import Figure  # takes a second to import; the table does not wait for it
 
     figure = Figure(figsize=(width, 3.2 * panels), layout="constrained", dpi=90)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10)
     return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
 
 
 def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    """The picture in 256 colours, rare ones among them: a third of the bytes."""
+    from PIL import Image  # matplotlib's own
+
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
@@ -415,9 +424,12 @@ def _depth_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
 
 
 def _ticks(rows: list[Row], most: int = 14) -> dict[int, str]:
-    """Every so many tensors one named tick."""
+    """Every so many tensors one tick with the name's end, which tells more than its beginning."""
     every = math.ceil(len(rows) / most)
-    return {index: row.name.partition(" ")[2] or row.name for index, row in enumerate(rows) if index % every == 0}
+    names = {index: row.name.partition(" ")[2] or row.name for index, row in enumerate(rows) if index % every == 0}
+    return {
+        index: name if len(name) <= LONGEST_TICK else f"…{name[1 - LONGEST_TICK :]}" for index, name in names.items()
+    }
 
 
 def _step_picture(title: str, dtype: str, rows: list[Row]) -> bytes:
