@@ -486,8 +486,8 @@ REPORTING = (
         "reporting",
         "evaluation averages batches, not tokens",
         "jax_impl.train",
-        "tokens + targets_BT.size\n        return loss / tokens",
-        "tokens + 1\n        return loss / tokens",
+        "tokens += np.count_nonzero(batch_BT[1] != IGNORE)",
+        "tokens += 1",
         EVALUATED,
     ),
 )
