@@ -169,11 +169,12 @@ def attention(
             whole, part = divmod(first, QUERY_BLOCK)
             pieces = (k_pieces[whole : block + 1], v_pieces[whole : block + 1])
             k_seen_XSH, v_seen_XSH = (jnp.concatenate(x, axis=1)[:, part:] for x in pieces)
-            masks: dict[str, jax.Array | None] = dict(same_X1TS=None, decided=decided[block] if decided else None)
+            same_X1TS, of_block = None, decided[block] if decided else None
             if documents_XT is not None:
-                masks["same_X1TS"] = same_document(documents_XT[:, start:stop], documents_XT[:, first:stop])
-            seen = (q_pieces[block], k_seen_XSH, v_seen_XSH)
-            outputs.append(attend_block(*seen, start, first, window=window, **masks, rate=rate))
+                same_X1TS = same_document(documents_XT[:, start:stop], documents_XT[:, first:stop])
+            seen = (q_pieces[block], k_seen_XSH, v_seen_XSH, start, first)
+            out_XGTH = attend_block(*seen, window=window, same_X1TS=same_X1TS, decided=of_block, rate=rate)
+            outputs.append(out_XGTH)
         return jnp.concatenate(outputs, axis=2)
 
     operands = q_XGTH, k_XSH, v_XSH, documents_XT, decided

@@ -159,7 +159,7 @@ def make_train_step(
     if config.precision.deterministic:
         options += machine().deterministic_options
 
-    def mean_gradient(params: Params, step_key: jax.Array, batch: tuple[jax.Array | None, ...]):
+    def mean_gradient(params: Params, step_key: jax.Array, batch: tuple):
         """Loss and gradient, the means over all micro-batches; on a mesh each device has its rows and parts."""
         A = batch[0].shape[0]
         # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
@@ -322,7 +322,7 @@ class Trainer:
             batch = sharding.placed(self.mesh, *batch_BT)
             batch_loss, batch_correct = self.eval_step(self.state.params, *batch)
             loss, correct = loss + float(batch_loss), correct + int(batch_correct)
-            tokens += np.count_nonzero(batch_BT[1] != IGNORE)
+            tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))
         return loss / tokens, correct / tokens
 
     def weights(self) -> dict[str, np.ndarray]:

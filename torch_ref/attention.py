@@ -49,7 +49,7 @@ def fused_attention(
     mask = None
     if window is not None or documents_BT is not None:
         mask = visible(position[:, None], position[None, :], window)
-    if documents_BT is not None:
+    if mask is not None and documents_BT is not None:
         mask = mask & same_document(documents_BT, documents_BT)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BNTH = F.scaled_dot_product_attention(
@@ -141,12 +141,13 @@ def attention(
         q_XGTH = q_BTKGH[:, start:stop].permute(0, 2, 3, 1, 4).reshape(B * K, G, queries, H)
         k_XSH = k_BSKH[:, first:stop].permute(0, 2, 3, 1).reshape(B * K, H, S).mT
         v_XSH = v_BSKH[:, first:stop].transpose(1, 2).reshape(B * K, S, H)
-        masks: dict[str, torch.Tensor | None] = dict(same_X1TS=None, keep_XGTS=None)
+        same_X1TS, keep_XGTS = None, None
         if documents_XT is not None:
-            masks["same_X1TS"] = same_document(documents_XT[:, start:stop], documents_XT[:, first:stop])
+            same_X1TS = same_document(documents_XT[:, start:stop], documents_XT[:, first:stop])
         if head_keys is not None:
             keep = random.keep_mask(head_keys, range(start, stop), range(first, stop), rate, q_BTNH.device)
-            masks["keep_XGTS"] = keep.reshape(B * K, G, queries, S)
-        out_XGTH = attend_block(q_XGTH, k_XSH, v_XSH, start, first, window=window, **masks, rate=rate)
+            keep_XGTS = keep.reshape(B * K, G, queries, S)
+        operands = q_XGTH, k_XSH, v_XSH, start, first
+        out_XGTH = attend_block(*operands, window=window, same_X1TS=same_X1TS, keep_XGTS=keep_XGTS, rate=rate)
         outputs.append(out_XGTH.reshape(B, K, G, queries, H).permute(0, 3, 1, 2, 4))
     return torch.cat(outputs, dim=1).reshape(B, T, N, H)

@@ -190,7 +190,7 @@ class Trainer:
             batch = self._tensors(*batch_BT)
             batch_loss, batch_correct = self.eval_step(self.state.model, *batch)
             loss, correct = loss + float(batch_loss), correct + int(batch_correct)
-            tokens += np.count_nonzero(batch_BT[1] != IGNORE)
+            tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))
         return loss / tokens, correct / tokens
 
     def weights(self) -> dict[str, np.ndarray]:

@@ -14,9 +14,9 @@ from typing import Literal
 import tyro
 
 from harness import cli, generation_config, web
-from harness.chat import ChatTemplate
 from harness.folders import find_weights, load_config, load_folder, steadily
 from harness.text import text_pieces
+from recipe.chat import ChatTemplate
 from recipe.config import ModelConfig, PrecisionConfig, UserError, require
 from recipe.sampling import Generator, SamplingOptions, make_batch
 from recipe.tokenizer import Tokenizer, load_tokenizer
