@@ -20,15 +20,14 @@ import torch_ref.attention
 import torch_ref.train
 from jax_impl import backend, loss_kernel
 from parity_tests import one_update
-from parity_tests.cases import AWKWARD, FLOAT32, FLOAT64, random_tokens, random_weights
+from parity_tests.cases import FLOAT32, FLOAT64, random_tokens, random_weights
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import check, check_all
 from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining
 from parity_tests.test_loss_kernel import KERNEL, operands
 from parity_tests.test_one_update import RUNS, begin, flat
-from recipe.config import ModelConfig, PrecisionConfig, RunConfig
-from recipe.data import DataConfig
+from recipe.config import DataConfig, PrecisionConfig, RunConfig
 from recipe.packing import IGNORE
 
 SIDES = {"jax": JaxModel, "torch": TorchModel}
@@ -36,10 +35,16 @@ TRAININGS = {"jax": JaxTraining, "torch": TorchTraining}
 # Of each row of four tokens which document each is of. The first micro-batch trains on one token, the second on five.
 DOCUMENTS = np.array([[[0, 0, 1, 1], [0, 0, 0, 1]], [[0, 0, 0, 0], [0, 1, 2, 2]]], np.int32)
 TRAINED = np.array([[[0, 0, 0, 1], [0, 0, 0, 0]], [[1, 0, 1, 1], [0, 0, 1, 1]]], bool)
-LONG = dataclasses.replace(AWKWARD, sliding_window=100, max_window_layers=1, tie_word_embeddings=False)
-LENGTHS = (17, 120, 3)
-"""Documents of a row that is longer than a block of queries; the second lies in two blocks."""
+MODEL = dataclasses.replace(RUNS["no-default"].model, vocab_size=40, dropout=0.0, sliding_window=5)
+LENGTHS = (2, 6, 1)
+"""Documents of a row of three blocks of queries; the second lies in two of them."""
 WHERE = np.repeat(np.arange(3), LENGTHS).astype(np.int32)[None]
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    for library in (jax_impl.attention, torch_ref.attention):
+        monkeypatch.setattr(library, "QUERY_BLOCK", 4)
 
 
 def batches(run: RunConfig) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -97,46 +102,49 @@ def test_other_orders_of_work_are_the_same_update(how):
         check_all(record(TRAININGS[side], other), record(TorchTraining, run), allowed("no-default").get)
 
 
-def alone(model: ModelConfig, side: JaxModel | TorchModel, tokens_BT: np.ndarray) -> np.ndarray:
+def alone(side: JaxModel | TorchModel, tokens_BT: np.ndarray) -> np.ndarray:
     """Logits of each document by itself, one after another."""
     ends = np.cumsum(LENGTHS)
     return np.concatenate([side.logits(part) for part in np.split(tokens_BT, ends[:-1], axis=1)], axis=1)
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("short_blocks")
 def test_documents_of_a_row_are_as_if_each_were_alone(side):
-    weights, tokens = random_weights(LONG), random_tokens(LONG, 1, sum(LENGTHS))
+    weights, tokens = random_weights(MODEL), random_tokens(MODEL, 1, sum(LENGTHS))
 
     def compute() -> Arrays:
-        return {"logits": TorchModel(LONG, FLOAT64, weights).logits(tokens, WHERE)}
+        return {"logits": TorchModel(MODEL, FLOAT64, weights).logits(tokens, WHERE)}
 
     with rounded_rope_tables():
         limit = allowances(amplification(compute)[1], "float64")["logits"]
-    ours = SIDES[side](LONG, FLOAT64, weights)
+    ours = SIDES[side](MODEL, FLOAT64, weights)
     # Positions are those of the row: RoPE turns by their differences, so both err by roundings of their own angles.
-    check("logits", ours.logits(tokens, WHERE), alone(LONG, ours, tokens), 2 * limit)
+    check("logits", ours.logits(tokens, WHERE), alone(TorchModel(MODEL, FLOAT64, weights), tokens), 2 * limit)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_no_bit_of_another_document_is_seen(side, monkeypatch):
-    """Neither forward nor backward: other tokens in one document leave the others' logits, and only its own rows of
-    the embedding have a gradient of its loss."""
-    for library in (jax_impl.attention, torch_ref.attention):
-        monkeypatch.setattr(library, "QUERY_BLOCK", 4)
-    model = dataclasses.replace(RUNS["no-default"].model, vocab_size=40, dropout=0.0, sliding_window=5)
-    where = np.repeat(np.arange(3), (2, 6, 1)).astype(np.int32)[None]
-    weights, tokens = random_weights(model), random_tokens(model, 1, where.size) % 20
-    ours = SIDES[side](model, FLOAT64, weights)
-    logits = ours.logits(tokens, where)
-    run = dataclasses.replace(RUNS["no-default"], accumulation=1, batch_size=1, sequence_length=where.size, model=model)
+@pytest.mark.usefixtures("short_blocks")
+def test_no_bit_of_another_document_is_seen(side):
+    weights, tokens = random_weights(MODEL), random_tokens(MODEL, 1, sum(LENGTHS)) % 20
+    ours = SIDES[side](MODEL, FLOAT64, weights)
+    logits = ours.logits(tokens, WHERE)
+    other = np.where(WHERE == 1, tokens + 20, tokens)
+    np.testing.assert_array_equal((ours.logits(other, WHERE) != logits).any(-1), WHERE == 1)
+
+
+@pytest.mark.parametrize("side", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("short_blocks")
+def test_no_gradient_reaches_another_document(side):
+    """Of the embedding only the rows of a document's own tokens have a gradient of its loss."""
+    weights, tokens = random_weights(MODEL), random_tokens(MODEL, 1, sum(LENGTHS)) % 20
+    run = dataclasses.replace(RUNS["no-default"], accumulation=1, batch_size=1, sequence_length=9, model=MODEL)
     for document in range(3):
-        other = np.where(document == where, tokens + 20, tokens)
-        changed = (ours.logits(other, where) != logits).any(-1)
-        np.testing.assert_array_equal(changed, document == where)
+        other = np.where(document == WHERE, tokens + 20, tokens)
         training = TRAININGS[side](run, weights)
-        training.step(*(x[None] for x in (other, np.where(document == where, tokens, IGNORE), where)))
+        training.step(*(x[None] for x in (other, np.where(document == WHERE, tokens, IGNORE), WHERE)))
         moment = training.slots()["exp_avg"]["model.embed_tokens.weight"]
-        np.testing.assert_array_equal(np.unique(other[document == where]), np.flatnonzero(moment.any(-1)))
+        np.testing.assert_array_equal(np.unique(other[document == WHERE]), np.flatnonzero(moment.any(-1)))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -157,7 +165,9 @@ def test_an_evaluation_leaves_out_what_is_ignored(side):
     assert ours.evaluate(inputs[1], np.where(TRAINED[1], best, IGNORE), documents[1])[1] == 5
 
 
-@pytest.mark.parametrize("trainer", [jax_impl.train.Trainer, torch_ref.train.Trainer])
+@pytest.mark.parametrize(
+    "trainer", [pytest.param(jax_impl.train.Trainer, marks=pytest.mark.slow), torch_ref.train.Trainer]
+)
 def test_a_trainer_divides_by_the_tokens_trained_on(trainer):
     """Two batches of one and of five such tokens: the mean over six, and a step's loss is the same mean."""
     model = dataclasses.replace(RUNS["no-default"].model, dropout=0.0)
@@ -186,9 +196,10 @@ def test_a_trainer_divides_by_the_tokens_trained_on(trainer):
     assert accuracy * 6 in range(7) and diagnosis.micro_batch is None
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_sdpa_sees_the_same_documents():
-    heads = [torch.tensor(x) for x in np.random.default_rng(0).standard_normal((3, 1, 140, 2, 8))]
-    for window in (None, 100):
+    heads = [torch.tensor(x) for x in np.random.default_rng(0).standard_normal((3, 1, 9, 2, 8))]
+    for window in (None, 5):
         results = {}
         for attend in (torch_ref.attention.attention, torch_ref.attention.fused_attention):
             leaves = [x.clone().requires_grad_() for x in heads]
@@ -208,16 +219,19 @@ def test_sdpa_sees_the_same_documents():
         check_all(fused, explicit, allowances(amplification(compute)[1], "float64", erring=2).get)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_cudnn_is_given_the_same_documents(monkeypatch):
     """jax.nn's own reference of what cuDNN is asked for, on any machine."""
     own = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *heads, **how: own(*heads, **how | {"implementation": "xla"})
     )
-    heads = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 140, 2, 8)), jnp.float32)
-    for window in (None, 100):
-        fused = jax_impl.attention.fused_attention(*heads, jnp.asarray(WHERE), window=window)
-        explicit = jax_impl.attention.attention(*heads, jnp.asarray(WHERE), window=window)
+    heads = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 9, 2, 8)), jnp.float32)
+    for window in (None, 5):
+        fused, explicit = (
+            jax.jit(functools.partial(attend, window=window))(*heads, WHERE)
+            for attend in (jax_impl.attention.fused_attention, jax_impl.attention.attention)
+        )
 
         def compute(window=window) -> Arrays:
             wide = [torch.tensor(np.asarray(x, np.float64)) for x in heads]
@@ -251,7 +265,7 @@ def test_a_recorded_run_says_which_attention_it_had(monkeypatch):
     assert said == [(config.precision, 0.2, True)]
 
 
-@pytest.mark.parametrize("form", ["kernel", "chunks"])
+@pytest.mark.parametrize("form", ["chunks", pytest.param("kernel", marks=pytest.mark.slow)])
 def test_weights_of_tokens_in_the_loss_kernel_and_in_chunks(form, monkeypatch):
     """Of three chunks, the last one padded, against torch; weights of which some are zero."""
     monkeypatch.setitem(backend.MACHINES, "cpu", dataclasses.replace(KERNEL, tokens_at_once=40))
