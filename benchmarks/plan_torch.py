@@ -192,13 +192,13 @@ def count_update(config: RunConfig, mode: str, rates: Rates) -> dict[str, Sum]:
     FusedAttention.counter = ChunkedLoss.counter = counter
     own = reference_model.fused_attention, reference_model.cross_entropy
 
-    def fused(q_BTNH, k_BSKH, v_BSKH, *, window, **_):
+    def fused(q_BTNH, k_BSKH, v_BSKH, documents_BT=None, *, window, **_):
         FusedAttention.window = window
         return FusedAttention.apply(q_BTNH, k_BSKH, v_BSKH)
 
     reference_model.fused_attention = fused
     if mode.endswith(job.ROUNDS_THE_LOSS):
-        reference_model.cross_entropy = lambda x_MD, head_VD, _: ChunkedLoss.apply(x_MD, head_VD.to(x_MD.dtype))
+        reference_model.cross_entropy = lambda x_MD, head_VD, *_: ChunkedLoss.apply(x_MD, head_VD.to(x_MD.dtype))
     try:
         tokens = torch.empty(config.batch_size, config.sequence_length, dtype=torch.int64, device="meta")
         key = (1, 2) if config.model.dropout else None

@@ -31,7 +31,9 @@ from torch_ref.train import Trainer, make_schedule
 from torch_ref.weights import from_hf
 
 
-def linear_cross_entropy(x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    x_MD: torch.Tensor, head_VD: torch.Tensor, targets_M: torch.Tensor, weights_M: None = None
+) -> torch.Tensor:
     """`torch_ref.loss.cross_entropy` by torch's own in chunks; the loss comes rounded to x's dtype."""
     return F.linear_cross_entropy(x_MD, head_VD.to(x_MD.dtype), targets_M, options=torch.nn.LinearCrossEntropyOptions())
 
@@ -321,7 +323,7 @@ class SeedSide(AutocastSide):
     def make_model(self, weights: dict[str, np.ndarray]) -> torch.nn.Module:
         config = self.config
         # This process runs no other mode, so the model may be given the notebook's attention for its own.
-        reference_model.fused_attention = lambda *qkv, window, **_: self.attend(*qkv, window=window)
+        reference_model.fused_attention = lambda *qkv, window, **_: self.attend(*qkv[:3], window=window)
         precision = dataclasses.replace(config.precision, compute="float32", attention="fused")
         return from_hf(weights, config.model, precision, self.device)
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from harness import generation_config
-from harness.chat import ChatTemplate
 from harness.configure import begun_from
 from harness.folders import find_weights, load_config, load_folder, steadily
 from harness.text import text_pieces
+from recipe.chat import ChatTemplate
 from recipe.config import PrecisionConfig, RunConfig, require
 from recipe.params import param_counts
 from recipe.presets import changed, nearest_fields

@@ -84,11 +84,12 @@ class Trainer(Protocol):
     environment: dict
     """Device, backend and library versions, for the run log."""
 
-    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> Mapping:
-        """One optimizer update; loss, grad_norm, lr and skipped, as scalars that `float` may wait for."""
+    def step(self, *batch_ABT: np.ndarray) -> Mapping:
+        """One optimizer update on inputs_ABT, targets_ABT and, if the dataset has them, documents_ABT: loss, grad_norm,
+        lr and skipped, as scalars that `float` may wait for."""
 
-    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-        """Mean loss in nats per token and accuracy over the batches, without dropout."""
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, ...]]) -> tuple[float, float]:
+        """Mean loss in nats per token that is trained on and accuracy over the batches, without dropout."""
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by Hugging Face name."""
@@ -108,7 +109,7 @@ class Trainer(Protocol):
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         """New tokens after the prompt's."""
 
-    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+    def diagnose(self, *batch_ABT: np.ndarray, position: int | None = None) -> Diagnosis:
         """Norms and finiteness of everything in update `position` (from 0) on this batch; changes nothing."""
 
     def profile(self, folder: Path) -> contextlib.AbstractContextManager:
@@ -311,7 +312,7 @@ class _Run:
         )
         dataset.check_length(config.sequence_length)
         dataset.batch(0, **_batch_shape(config))
-        check_prompts(config, dataset.tokenizer)
+        check_prompts(config, dataset)
         return dataset
 
     def _begin(self) -> Trainer:
@@ -507,8 +508,9 @@ class _Run:
             if not any(values.items() <= record.items() for record in logged):
                 self.log.rollback(self.position, values)
 
-    def _batch(self, step: int, *, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of an update; unless `whole`, only the rows that this process's devices hold are read."""
+    def _batch(self, step: int, *, whole: bool = False) -> tuple[np.ndarray, ...]:
+        """Inputs, targets and perhaps documents of an update; unless `whole`, only the rows that this process's devices
+        hold are read."""
         rows = None if whole else getattr(self.trainer, "rows_of_batch", None)
         return self.dataset.batch(batch_index(step, self.rollbacks), **_batch_shape(self.config), rows=rows)
 
@@ -619,23 +621,23 @@ class _Run:
 
     def _samples(self) -> list[str]:
         """Write samples.txt, one text per prompt, and return its lines."""
-        config, tokenizer = self.config, self.dataset.tokenizer
+        config, dataset = self.config, self.dataset
         if config.sample_tokens == 0:
             return []
         texts = []
         for index, prompt in enumerate(config.prompts):
-            tokens = tokenizer.encode_prompt(prompt)
+            tokens = dataset.encode_prompt(prompt)
             limit = config.model.max_position_embeddings - len(tokens)
             options = SamplingOptions(
                 max_new_tokens=min(config.sample_tokens, limit), seed=config.seed + index, top_k=50
             )
-            options = dataclasses.replace(options, stop_ids=(tokenizer.eos_id,))
+            options = dataclasses.replace(options, stop_ids=(dataset.tokenizer.eos_id,))
             try:
                 new = list(self.trainer.generate(tokens, options))
             except UserError as error:  # logits that are not finite; the run keeps its weights and its picture
                 texts.append(f"{prompt} [{error}]")
                 continue
-            texts.append(tokenizer.decode([*tokens, *new]))
+            texts.append(dataset.tokenizer.decode([*tokens, *new]))
         if self.peers.is_chief:
             write_whole(self.folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
         return ["", *"\n---\n".join(texts).splitlines(), ""]
@@ -676,8 +678,10 @@ def _batch_shape(config: RunConfig) -> dict[str, Any]:
 
 def _describe_data(config: RunConfig, dataset: Dataset) -> list[str]:
     tokens = len(dataset.train_tokens)
-    return [f"corpus     {dataset.said}"] * bool(dataset.said) + [
-        f"text       {tokens:,} training tokens ({config.steps * config.tokens_per_step / tokens:.2f} epochs), "
+    said = dataset.describe(config.sequence_length)
+    epochs = dataset.epochs(config.steps * config.accumulation * config.batch_size, config.sequence_length)
+    return [f"corpus     {said}"] * bool(said) + [
+        f"text       {tokens:,} training tokens ({epochs:.2f} epochs), "
         f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, "
         f"split {config.data.split}"
     ]

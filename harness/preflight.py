@@ -17,9 +17,9 @@ from harness.manifest import RUN
 from harness.state import SHARDED, state_folders
 from harness.tensors import CODES, DTYPES
 from recipe.config import RunConfig, UserError, require, to_dict
+from recipe.data import Dataset
 from recipe.params import param_counts
 from recipe.reading import flat, read_json, short, some, take
-from recipe.tokenizer import Tokenizer
 
 LEFT = re.compile(
     r"\.?(run\.json|(metrics|undone)(-damaged-\d+)?\.jsonl|divergence-\d+\.json)(\.new)?"
@@ -126,13 +126,13 @@ def _dtype(config: RunConfig) -> np.dtype:
     return np.dtype(DTYPES[CODES[config.precision.params]])
 
 
-def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_prompts(config: RunConfig, dataset: Dataset) -> None:
     """Raise UserError if a prompt of the samples cannot be continued; that shows only after training otherwise."""
     limit = config.model.max_position_embeddings
     for prompt in config.prompts if config.sample_tokens else ():
         shown = short(repr(prompt))
         try:
-            tokens = len(tokenizer.encode_prompt(prompt))
+            tokens = len(dataset.encode_prompt(prompt))
         except UserError as error:
             raise UserError(f"--prompts {shown}: {error}") from None
         require(tokens > 0, f"--prompts {shown} has no tokens; pass a text, or --sample_tokens 0 for no samples.")

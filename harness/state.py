@@ -36,6 +36,7 @@ YOUNGER = (
     *("max_skipped", "deterministic", "keep"),
     *("divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
     *("mesh", "gather", "scan_layers", "hosts"),
+    *("chat", "document_mask"),
 )
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""
 EARLIER = "earlier"

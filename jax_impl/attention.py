@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +17,75 @@ from recipe.config import PrecisionConfig
 QUERY_BLOCK = 128
 
 
+class Places(NamedTuple):
+    """Where the tokens of a batch stand."""
+
+    cos_TR: jax.Array
+    sin_TR: jax.Array
+    """The angles of RoPE; the tables may have rows, (B, T, R)."""
+    documents_BT: jax.Array | None
+    """Number of each token's document within its row, int32, of which tokens see no other; None if rows are whole."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows have documents of their own."""
+        return self.documents_BT is not None
+
+
 def fused_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
+    documents_BT: jax.Array | None = None,
     *,
     window: int | None,
     rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` without its scores in memory, by cuDNN, or with dropout by our kernel; needs a GPU and 16 bits."""
+    """`attention` without its scores in memory, by cuDNN, or with dropout by our kernel; needs a GPU and 16 bits.
+
+    Documents are a mask (B, 1, T, S), which cuDNN is given as 16 bits an element, and its gradient takes as much.
+    ValueError for documents with dropout, of which our kernel knows nothing (`why_not_fused`).
+    """
     if key is not None and rate > 0.0:
+        if documents_BT is not None:
+            raise ValueError(f"the kernel with dropout knows no documents, and rate is {rate}; call attention instead.")
         from jax_impl.attention_kernel import flash_attention  # here, for not every build of jaxlib has Triton
 
         return flash_attention(q_BTNH, k_BSKH, v_BSKH, window=window, rate=rate, key=key)
     local_window = None if window is None else (window - 1, 0)
+    mask_B1TS = None if documents_BT is None else same_document(documents_BT, documents_BT)
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local_window, implementation="cudnn"
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=True, local_window_size=local_window, implementation="cudnn"
     )
 
 
-def why_not_fused(precision: PrecisionConfig, dropout: float) -> str:
-    """Why `fused_attention` cannot run at this dropout rate; empty if it can."""
+def why_not_fused(precision: PrecisionConfig, dropout: float, packed: bool = False) -> str:
+    """Why `fused_attention` cannot run at this dropout rate, of rows with documents if `packed`; empty if it can."""
     kernel = "the kernel with dropout" if dropout else "cuDNN's kernel"
     if not (machine().attention_kernel if dropout else machine().cudnn):
         which = f" of compute capability {HOPPER}" if dropout else ""
         return f"{kernel} needs an NVIDIA GPU{which}, this is a {machine().platform}"
     if jnp.dtype(precision.compute).itemsize != 2:
         return f"{kernel} needs precision.compute=bfloat16, not {precision.compute}"
+    if dropout and packed:
+        return f"{kernel} knows no documents within a row, and dropout is {dropout}"
     return ""
 
 
-def attention_in_use(precision: PrecisionConfig, dropout: float) -> str:
-    """Which attention runs, explicit or fused, at this dropout rate."""
-    return "fused" if precision.attention == "fused" and not why_not_fused(precision, dropout) else "explicit"
+def attention_in_use(precision: PrecisionConfig, dropout: float, packed: bool = False) -> str:
+    """Which attention runs, explicit or fused, at this dropout rate, of rows with documents if `packed`."""
+    return "fused" if precision.attention == "fused" and not why_not_fused(precision, dropout, packed) else "explicit"
 
 
 def visible(t: np.ndarray | jax.Array, s: np.ndarray, window: int | None) -> np.ndarray | jax.Array:
     """Whether a query at position t sees the key at position s: s <= t, and s > t - window if there is a window."""
     return (s <= t) if window is None else (s <= t) & (s > t - window)
+
+
+def same_document(of_queries_BT: jax.Array, of_keys_BS: jax.Array) -> jax.Array:
+    """Whether query and key are of one document, (B, 1, T, S)."""
+    return of_queries_BT[:, None, :, None] == of_keys_BS[:, None, None, :]
 
 
 def query_blocks(T: int, window: int | None) -> list[tuple[int, int, int]]:
@@ -72,6 +103,7 @@ def attend_block(
     first: int,
     *,
     window: int | None,
+    same_X1TS: jax.Array | None = None,
     decided: jax.Array | None,
     rate: float,
 ) -> jax.Array:
@@ -81,7 +113,8 @@ def attend_block(
     t, s = start + np.arange(T)[:, None], first + np.arange(S)[None, :]
     q_XQH = q_XGTH.reshape(X, G * T, H)
     scores_XQS = product("xqh,xsh->xqs", q_XQH, k_XSH, accumulator(dtype)) / math.sqrt(H)
-    scores_XGTS = jnp.where(visible(t, s, window), scores_XQS.reshape(X, G, T, S), -jnp.inf)
+    seen = visible(t, s, window) if same_X1TS is None else visible(t, s, window) & same_X1TS
+    scores_XGTS = jnp.where(seen, scores_XQS.reshape(X, G, T, S), -jnp.inf)
     probs_XGTS = jax.nn.softmax(scores_XGTS, axis=-1).astype(dtype)
     if decided is not None:
         probs_XGTS = random.drop(probs_XGTS, decided, rate, first)
@@ -92,6 +125,7 @@ def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
+    documents_BT: jax.Array | None = None,
     *,
     window: int | None,
     rate: float = 0.0,
@@ -99,7 +133,8 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention, S = T, in blocks of queries; query t sees keys s <= t, and s > t - window if set.
 
-    `key` and `rate` drop probabilities; each row and query head has a mask of its own, queries by keys.
+    With `documents_BT` it sees those of its own document alone. `key` and `rate` drop probabilities; each row and query
+    head has a mask of its own, queries by keys.
     Scores are computed again in the backward pass, and on a CPU a few (row, head) pairs at a time, so that they never
     leave the caches.
     """
@@ -109,6 +144,7 @@ def attention(
     # Laid out once, by key head: XLA would transpose b, t, k, g in every block and product.
     q_XGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
     k_XSH, v_XSH = (x_BSKH.swapaxes(1, 2).reshape(B * K, T, H) for x_BSKH in (k_BSKH, v_BSKH))
+    documents_XT = None if documents_BT is None else jnp.repeat(documents_BT, K, axis=0)
     decided: list[jax.Array] = []
     if key is not None and rate > 0.0:
         head_keys = jax.vmap(random.fold_in, (None, 0))(key, exchange.head_numbers(B, N))
@@ -120,7 +156,7 @@ def attention(
 
     @jax.checkpoint
     def attend(operands):
-        q_XGTH, k_XSH, v_XSH, decided = operands
+        q_XGTH, k_XSH, v_XSH, documents_XT, decided = operands
         # In pieces, whose gradients are pieces: that of a slice has zeros around it and would be added as a whole.
         edges = np.arange(QUERY_BLOCK, T, QUERY_BLOCK)
         q_pieces, k_pieces, v_pieces = (
@@ -129,16 +165,19 @@ def attention(
             jnp.split(v_XSH, edges, 1),
         )
         outputs = []
-        for block, (start, _, first) in enumerate(blocks):
+        for block, (start, stop, first) in enumerate(blocks):
             whole, part = divmod(first, QUERY_BLOCK)
             pieces = (k_pieces[whole : block + 1], v_pieces[whole : block + 1])
             k_seen_XSH, v_seen_XSH = (jnp.concatenate(x, axis=1)[:, part:] for x in pieces)
-            of_block = decided[block] if decided else None
-            seen = (q_pieces[block], k_seen_XSH, v_seen_XSH)
-            outputs.append(attend_block(*seen, start, first, window=window, decided=of_block, rate=rate))
+            same_X1TS, of_block = None, decided[block] if decided else None
+            if documents_XT is not None:
+                same_X1TS = same_document(documents_XT[:, start:stop], documents_XT[:, first:stop])
+            seen = (q_pieces[block], k_seen_XSH, v_seen_XSH, start, first)
+            out_XGTH = attend_block(*seen, window=window, same_X1TS=same_X1TS, decided=of_block, rate=rate)
+            outputs.append(out_XGTH)
         return jnp.concatenate(outputs, axis=2)
 
-    operands = q_XGTH, k_XSH, v_XSH, decided
+    operands = q_XGTH, k_XSH, v_XSH, documents_XT, decided
     count = chunk_count(B * K, G * min(QUERY_BLOCK, T) * T)
     if count == 1:
         out_XGTH = attend(operands)

@@ -15,6 +15,7 @@ from harness.divergence import Diagnosis, input_name, norms
 from jax_impl import random
 from jax_impl.backend import machine, on_device_of
 from jax_impl.hybrid import clip_by_global_norm
+from jax_impl.loss import weighted
 from jax_impl.model import Qwen3ForCausalLM
 from jax_impl.weights import Params, bind, hf_name, model_structure
 from recipe.config import RunConfig
@@ -40,6 +41,7 @@ def diagnose(
     position: int,
     inputs_ABT: np.ndarray,
     targets_ABT: np.ndarray,
+    documents_ABT: np.ndarray | None = None,
 ) -> Diagnosis:
     """What update `position`, from 0, computes of this batch before its optimizer; nothing is changed.
 
@@ -49,9 +51,13 @@ def diagnose(
         A, micro_batch, total = inputs_ABT.shape[0], None, None
         step_key = random.fold_in(random.key(config.seed), position)
         tapped_pass = _make_tapped_pass(config)
+        batch: tuple = inputs_ABT, targets_ABT
+        if documents_ABT is not None:
+            targets, weights_ABT = weighted(jnp.asarray(targets_ABT), config.precision.params)
+            batch = inputs_ABT, targets, documents_ABT, weights_ABT
         for index in range(A):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            shown = tapped_pass(params, inputs_ABT[index], targets_ABT[index], key)
+            shown = tapped_pass(params, [x[index] for x in batch], key)
             if not shown.is_finite():
                 micro_batch, loss, grads = index, shown.loss, shown.grads
                 break
@@ -73,7 +79,7 @@ def diagnose(
 
 
 def _make_tapped_pass(config: RunConfig) -> Callable[..., Pass]:
-    """`tapped_pass(params, inputs_BT, targets_BT, key)`: one micro-batch, forward and backward, compiled as training
+    """`tapped_pass(params, batch, key)`: one micro-batch, forward and backward, compiled as training
     is.
 
     What a tap saw leaves the compiled function as the gradient of its probe, also out of a rematerialised block.
@@ -81,7 +87,7 @@ def _make_tapped_pass(config: RunConfig) -> Callable[..., Pass]:
     graph = model_structure(config.model, config.precision)
     order: dict[str, None] = {}
 
-    def loss(params, probes, inputs_BT, targets_BT, key):
+    def loss(params, probes, batch, key):
         model = bind(graph, params)
 
         def tap(name, x):
@@ -89,18 +95,18 @@ def _make_tapped_pass(config: RunConfig) -> Callable[..., Pass]:
             return x if probes is None else _tap(x, probes[name])
 
         with _tapped(model, tap):
-            return model.loss(inputs_BT, targets_BT, dropout_key=key)
+            return model.loss(*batch, dropout_key=key)
 
     options = dict(machine().compiler_options)
     if config.precision.deterministic:
         options |= dict(machine().deterministic_options)
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options)
 
-    def tapped_pass(params, inputs_BT, targets_BT, key):
+    def tapped_pass(params, batch, key):
         if not order:
-            jax.eval_shape(loss, params, None, inputs_BT, targets_BT, key)
+            jax.eval_shape(loss, params, None, batch, key)
         probes = {name: jnp.zeros(2) for name in order}
-        value, (grads, seen) = compiled(params, probes, inputs_BT, targets_BT, key)
+        value, (grads, seen) = compiled(params, probes, batch, key)
         forward, backward = ({name: not seen[name][i] for name in order} for i in range(2))
         return Pass(forward, value, dict(reversed(backward.items())), grads)
 

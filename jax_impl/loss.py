@@ -9,16 +9,30 @@ import jax.numpy as jnp
 from jax_impl import exchange
 from jax_impl.backend import machine
 from jax_impl.products import accumulator, gradient_like, in_memory, product
+from recipe.packing import IGNORE
+
+
+def weighted(targets: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Targets with 0 for IGNORE, and each token's weight: 0 where it was, else one by the share of those trained on.
+
+    A mean of all tokens, whichever way they are divided, is by these weights one of the tokens that are trained on.
+    """
+    trained = targets != IGNORE
+    count = jnp.maximum(jnp.sum(trained), 1).astype(dtype)
+    weight = jnp.full_like(count, targets.size) / count
+    return jnp.where(trained, targets, 0), jnp.where(trained, weight, jnp.zeros_like(weight))
 
 
 @functools.partial(jax.custom_vjp)
-def cross_entropy(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> jax.Array:
-    """Mean of -log softmax(x head^T)[target] over the tokens, without ever holding all logits.
+def cross_entropy(
+    x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, weights_M: jax.Array | None = None
+) -> jax.Array:
+    """Mean of -log softmax(x head^T)[target] over the tokens, times their weights, without ever holding all logits.
 
     Differentiating it computes the gradients together with the loss, chunk by chunk, so nothing is computed twice.
     """
     losses_M, _ = token_losses(x_MD, head_VD, targets_M)
-    return jnp.mean(losses_M)
+    return jnp.mean(losses_M if weights_M is None else losses_M * weights_M)
 
 
 def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,20 +112,21 @@ def _token_losses_of_parts(logits_MV, targets_M):
     return (jnp.log(total) + peak - hit)[:, 0], best_M == targets_M
 
 
-def _chunks(x_MD, targets_M):
-    """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each token."""
+def _chunks(x_MD, targets_M, weights_M=None):
+    """Equal chunks (C, M/C, ...) of tokens, the last one padded, and the weight 1/M or 0 of each, times its own."""
     M, D = x_MD.shape
     count = math.ceil(M / machine().tokens_at_once)
     rows = math.ceil(M / count)
     padding = count * rows - M
-    weights_M = jnp.pad(jnp.full((M,), 1.0 / M, accumulator(x_MD.dtype)), (0, padding))
+    means_M = jnp.full((M,), 1.0 / M, accumulator(x_MD.dtype)) if weights_M is None else weights_M / M
+    weights_M = jnp.pad(means_M, (0, padding))
     x_MD, targets_M = jnp.pad(x_MD, ((0, padding), (0, 0))), jnp.pad(targets_M, (0, padding))
     return x_MD.reshape(count, rows, D), targets_M.reshape(count, rows), weights_M.reshape(count, rows)
 
 
-def _cross_entropy_forward(x_MD, head_VD, targets_M):
+def _cross_entropy_forward(x_MD, head_VD, targets_M, weights_M):
     if kernel := _kernel(x_MD):
-        loss, (grad_x_MD, grad_head_VD) = kernel.loss_and_gradients(x_MD, head_VD, targets_M)
+        loss, (grad_x_MD, grad_head_VD) = kernel.loss_and_gradients(x_MD, head_VD, targets_M, weights_M)
         return loss, (grad_x_MD, gradient_like(head_VD, grad_head_VD))
     wide = accumulator(x_MD.dtype)
     head, summed = head_VD.astype(x_MD.dtype), wide if exchange.is_split("vocab") else x_MD.dtype
@@ -129,7 +144,7 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
         # Summed as (D, V): so it is x that has to be transposed and not the logits.
         return (loss, grad_head_DV + product("dm,mv->dv", in_memory(x, (1, 0)), grad_logits, wide)), grad_x
 
-    x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M)
+    x_CMD, targets_CM, weights_CM = _chunks(x_MD, targets_M, weights_M)
     start = (jnp.zeros((), wide), jnp.zeros(head_VD.shape[::-1], wide))
     (loss, grad_head_DV), grad_x_CMD = jax.lax.scan(chunk, start, (x_CMD, targets_CM, weights_CM))
     grad_x_MD = grad_x_CMD.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
@@ -138,7 +153,7 @@ def _cross_entropy_forward(x_MD, head_VD, targets_M):
 
 def _cross_entropy_backward(residuals, cotangent):
     grad_x_MD, grad_head_VD = jax.tree.map(lambda grad: (grad * cotangent).astype(grad.dtype), residuals)
-    return grad_x_MD, grad_head_VD, None
+    return grad_x_MD, grad_head_VD, None, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -44,9 +44,9 @@ def token_losses(x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array) -> t
 
 
 def loss_and_gradients(
-    x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array
+    x_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, weights_M: jax.Array | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Mean loss over the tokens and its gradients of x and head, each in its operand's dtype.
+    """Mean loss over the tokens, times their weights, and its gradients of x and head, each in its operand's dtype.
 
     The gradient of the logits is held for twice `tokens_at_once` tokens, in the compute dtype; where logits are held, a
     token takes three times as much.
@@ -55,7 +55,8 @@ def loss_and_gradients(
     wide, head, targets_M = accumulator(x_MD.dtype), head_VD.astype(x_MD.dtype), targets_M.astype(jnp.int32)
     # All tokens at once: a chunk of them makes a third of the programs.
     peak_M, total_M, hit_M, _ = normalizers(x_MD, head, targets_M)
-    loss = jnp.mean(jnp.log(total_M) + (peak_M - hit_M))
+    losses_M = jnp.log(total_M) + (peak_M - hit_M)
+    loss = jnp.mean(losses_M if weights_M is None else losses_M * weights_M)
 
     count = pl.cdiv(M, 2 * machine().tokens_at_once)
     rows = pl.cdiv(M, count)
@@ -71,7 +72,7 @@ def loss_and_gradients(
         # Summed as (D, V): so it is x that has to be transposed and not the logits' gradient.
         return grad_head_DV + product("dm,mv->dv", in_memory(x, (1, 0)), grad_logits_MV, wide), grad_x
 
-    weights_M = jnp.full((M,), 1.0 / M, wide)
+    weights_M = jnp.full((M,), 1.0 / M, wide) if weights_M is None else weights_M.astype(wide) / M
     operands = (x_MD, targets_M, peak_M, weights_M / total_M, weights_M)
     start = jnp.zeros(head.shape[::-1], wide)
     grad_head_DV, grad_x_CMD = jax.lax.scan(chunk, start, tuple(map(chunked, operands)))

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jax_impl import random
-from jax_impl.attention import attention, attention_in_use, fused_attention
+from jax_impl.attention import Places, attention, attention_in_use, fused_attention
 from jax_impl.backend import recomputed
 from jax_impl.cache import KVCache
 from jax_impl.exchange import spread, whole_product
@@ -26,6 +26,7 @@ from jax_impl.products import accumulator, product
 from jax_impl.random import dropout
 from jax_impl.scan import checkpoint
 from recipe.config import ModelConfig, PrecisionConfig, require
+from recipe.packing import IGNORE
 
 
 def rope_table(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,12 +117,11 @@ class Qwen3Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cos_TR: jax.Array,
-        sin_TR: jax.Array,
+        places: Places,
         dropout_key: jax.Array | None,
         cache: KVCache | None = None,
     ) -> jax.Array:
-        B, T, _ = x_BTD.shape
+        (B, T, _), (cos_TR, sin_TR, documents_BT) = x_BTD.shape, places
         x_BTD = spread(x_BTD, "heads")
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         k_BSKH = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim)
@@ -136,8 +136,8 @@ class Qwen3Attention(nnx.Module):
             out_BTNH = cache.attend(self.layer, q_BTNH, window=self.window)
         else:
             site_key = random.fold_in(dropout_key, self.layer, random.ATTENTION_PROBABILITIES) if rate else None
-            attend = fused_attention if attention_in_use(self.precision, rate) == "fused" else attention
-            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=self.window, rate=rate, key=site_key)
+            attend = fused_attention if attention_in_use(self.precision, rate, places.packed) == "fused" else attention
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, documents_BT, window=self.window, rate=rate, key=site_key)
         return self.o_proj(out_BTNH.reshape(B, T, -1))
 
 
@@ -173,12 +173,11 @@ class Qwen3DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cos_TR: jax.Array,
-        sin_TR: jax.Array,
+        places: Places,
         dropout_key: jax.Array | None,
         cache: KVCache | None = None,
     ) -> jax.Array:
-        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)
+        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), places, dropout_key, cache)
         x_BTD = x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.ATTENTION_RESIDUAL)
         branch_BTD = self.mlp(self.post_attention_layernorm(x_BTD), dropout_key)
         return x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.FFN_RESIDUAL)
@@ -195,9 +194,10 @@ class Qwen3Model(nnx.Module):
         self.config, self.dtype, self.remat = config, precision.compute, precision.remat
 
     def __call__(
-        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None, cache: KVCache | None = None
+        self, tokens_BT: jax.Array, documents_BT=None, *, dropout_key=None, cache: KVCache | None = None
     ) -> jax.Array:
-        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it."""
+        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it; else each
+        sees those of its own document, if `documents_BT` (int32) says which is whose."""
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
         require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
@@ -206,9 +206,10 @@ class Qwen3Model(nnx.Module):
         cos_TR, sin_TR = (jnp.asarray(table, accumulator(self.dtype)) for table in tables)
         if decoding:
             cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
+        places = Places(cos_TR, sin_TR, documents_BT)
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+            call = functools.partial(layer, places=places, dropout_key=dropout_key, cache=cache)
             remat = self.remat and cache is None
             x_BTD = checkpoint(call, remat)(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
@@ -228,18 +229,20 @@ class Qwen3ForCausalLM(nnx.Module):
         """The output head: the embedding table if tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
-    def __call__(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, documents_BT=None, *, dropout_key=None) -> jax.Array:
         """Logits (B, T, V) in float32 or wider."""
-        x_BTD = self.model(tokens_BT, dropout_key=dropout_key)
+        x_BTD = self.model(tokens_BT, documents_BT, dropout_key=dropout_key)
         return product("btd,vd->btv", x_BTD, self.head_VD, accumulator(x_BTD.dtype))
 
-    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Mean loss in nats per token."""
-        x_BTD = self.model(inputs_BT, dropout_key=dropout_key)
-        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
+    def loss(self, inputs_BT, targets_BT, documents_BT=None, weights_BT=None, *, dropout_key=None) -> jax.Array:
+        """Mean loss in nats per token; `weights_BT`, whose mean is one, says how much each counts."""
+        x_BTD = self.model(inputs_BT, documents_BT, dropout_key=dropout_key)
+        weights_M = None if weights_BT is None else weights_BT.reshape(-1)
+        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1), weights_M)
 
-    def evaluate(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sum of the tokens' losses and number of tokens whose target had the largest logit."""
-        x_BTD = self.model(inputs_BT)
+    def evaluate(self, inputs_BT, targets_BT, documents_BT=None) -> tuple[jax.Array, jax.Array]:
+        """Sum of the tokens' losses and number of tokens whose target had the largest logit, IGNORE left out."""
+        x_BTD = self.model(inputs_BT, documents_BT)
         losses_M, correct_M = token_losses(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
-        return jnp.sum(losses_M), jnp.sum(correct_M)
+        trained_M = None if documents_BT is None else targets_BT.reshape(-1) != IGNORE
+        return jnp.sum(losses_M, where=trained_M), jnp.sum(correct_M)

@@ -29,6 +29,7 @@ from jax_impl.backend import has_room, machine, on_device_of
 from jax_impl.diagnosis import diagnose
 from jax_impl.generate import make_generator
 from jax_impl.hybrid import clip_by_global_norm, muon_with_adamw
+from jax_impl.loss import weighted
 from jax_impl.processes import joined, meet
 from jax_impl.weights import (
     Params,
@@ -46,6 +47,7 @@ from jax_impl.weights import (
 )
 from recipe.config import RunConfig
 from recipe.mesh import parse_mesh
+from recipe.packing import IGNORE
 from recipe.params import param_specs
 from recipe.schedule import learning_rate_factors
 
@@ -139,7 +141,8 @@ def restore_state(
 def make_train_step(
     config: RunConfig, mesh: Mesh | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step(state, inputs_ABT, targets_ABT) -> state, metrics`, jitted; the state's buffers are donated.
+    """`train_step(state, inputs_ABT, targets_ABT, documents_ABT=None) -> state, metrics`, jitted; the state's buffers
+    are donated. With documents no token sees another document's, and targets may be IGNORE.
 
     Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
     finite, nothing changes but the count of skipped updates.
@@ -150,42 +153,48 @@ def make_train_step(
     specs = {path: layout.spec(path) for path in param_paths(config.model)} if layout else {}
     rows = PartitionSpec(None, *layout.rows) if layout else PartitionSpec()
 
-    def loss(params, rounded, inputs_BT, targets_BT, key):
-        return bind(graph, params, rounded).loss(inputs_BT, targets_BT, dropout_key=key)
+    def loss(params, rounded, batch, key):
+        return bind(graph, params, rounded).loss(*batch, dropout_key=key)
 
     options = machine().compiler_options
     if config.precision.deterministic:
         options += machine().deterministic_options
 
-    def mean_gradient(params: Params, step_key: jax.Array, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+    def mean_gradient(params: Params, step_key: jax.Array, batch: tuple):
         """Loss and gradient, the means over all micro-batches; on a mesh each device has its rows and parts."""
-        A = inputs_ABT.shape[0]
+        A = batch[0].shape[0]
         # Matrices are rounded once for all micro-batches; torch does it in each, as it comes to them.
         variables, rounded = exchange.in_use(in_layers(params), config.precision.compute, A > 1 or config.scan_layers)
 
-        def gradient(index, inputs_BT, targets_BT):
+        def gradient(index, batch):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), inputs_BT, targets_BT, key)
+            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), batch, key)
 
         def add_gradient(total, micro_batch):
             return jax.tree.map(jnp.add, total, gradient(*micro_batch)), None
 
         if A == 1:
-            total = gradient(0, inputs_ABT[0], targets_ABT[0])  # no second copy of the gradients to add them in
+            total = gradient(0, jax.tree.map(lambda x: x[0], batch))  # no second copy of the gradients to add them in
         else:
             zero = (jnp.zeros((), config.precision.params), jax.tree.map(jnp.zeros_like, variables))
-            total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), inputs_ABT, targets_ABT))
+            total, _ = jax.lax.scan(add_gradient, zero, (jnp.arange(A), batch))
         mean_loss, grads = exchange.reduced(*jax.tree.map(lambda x: x / A, total))
         return mean_loss, apart(grads)
 
     mean_gradient = exchange.over_devices(
-        layout, mesh, mean_gradient, (specs, PartitionSpec(), rows, rows), (PartitionSpec(), specs)
+        layout, mesh, mean_gradient, (specs, PartitionSpec(), rows), (PartitionSpec(), specs)
     )
     norm_of = functools.partial(exchange.norm, layout, mesh) if layout else optax.tree.norm
 
-    def train_step(state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array):
+    def train_step(
+        state: TrainState, inputs_ABT: jax.Array, targets_ABT: jax.Array, documents_ABT: jax.Array | None = None
+    ):
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
-        mean_loss, grads = mean_gradient(state.params, step_key, inputs_ABT, targets_ABT)
+        weights_ABT = None
+        if documents_ABT is not None:
+            targets_ABT, weights_ABT = weighted(targets_ABT, config.precision.params)
+        batch = inputs_ABT, targets_ABT, documents_ABT, weights_ABT
+        mean_loss, grads = mean_gradient(state.params, step_key, batch)
 
         grads, grad_norm = clip_by_global_norm(grads, config.clip_norm, norm_of)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -205,23 +214,25 @@ def make_train_step(
 
 
 def make_evaluate(config: RunConfig, mesh: Mesh | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`evaluate(params, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`, jitted."""
+    """`evaluate(params, inputs_BT, targets_BT, documents_BT=None) -> sum of losses, number of correct tokens`, jitted;
+    with documents targets may be IGNORE.
+    """
     graph = model_structure(config.model, config.precision, scan_layers=config.scan_layers)
     in_layers, layout = scan.stacked(config), sharding.layout_of(config)
 
     @jax.jit
-    def evaluate(params, inputs_BT, targets_BT):
+    def evaluate(params, *batch):
         # Rows that do not divide are everybody's.
-        divided = layout is not None and len(inputs_BT) % layout.shape.rows == 0
+        divided = layout is not None and len(batch[0]) % layout.shape.rows == 0
 
-        def sums(params, inputs_BT, targets_BT):
+        def sums(params, batch):
             params, rounded = exchange.in_use(in_layers(params), config.precision.compute, config.scan_layers)
-            return exchange.sums_over_rows(bind(graph, params, rounded).evaluate(inputs_BT, targets_BT), divided)
+            return exchange.sums_over_rows(bind(graph, params, rounded).evaluate(*batch), divided)
 
         specs = {path: layout.spec(path) for path in params} if layout else {}
         rows = layout.rows if layout and divided else PartitionSpec()
-        on_devices = exchange.over_devices(layout, mesh, sums, (specs, rows, rows), (PartitionSpec(),) * 2)
-        return on_devices(params, inputs_BT, targets_BT)
+        on_devices = exchange.over_devices(layout, mesh, sums, (specs, rows), (PartitionSpec(),) * 2)
+        return on_devices(params, batch)
 
     return _with_precision(evaluate, config)
 
@@ -294,24 +305,25 @@ class Trainer:
             "jax": jax.__version__,
             "x64": jax.config.jax_enable_x64,
             "deterministic": config.precision.deterministic or not machine().deterministic_options,
-            "attention": attention_in_use(config.precision, config.model.dropout),
-            "why_not_fused": why_not_fused(config.precision, config.model.dropout),
+            "attention": attention_in_use(config.precision, config.model.dropout, config.data.packed),
+            "why_not_fused": why_not_fused(config.precision, config.model.dropout, config.data.packed),
             "machine": dataclasses.asdict(machine()),
         }
         if layout := sharding.layout_of(config):
             self.environment |= {"mesh": str(layout.shape), "not_divided": layout.notes}
 
-    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, jax.Array]:
-        batch = sharding.placed_rows(self.mesh, self.config.batch_size, inputs_ABT, targets_ABT)
+    def step(self, *batch_ABT: np.ndarray) -> dict[str, jax.Array]:
+        batch = sharding.placed_rows(self.mesh, self.config.batch_size, *batch_ABT)
         self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 
-    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, ...]]) -> tuple[float, float]:
         loss, correct, tokens = 0.0, 0, 0
-        for inputs_BT, targets_BT in batches:
-            batch = sharding.placed(self.mesh, inputs_BT, targets_BT)
+        for batch_BT in batches:
+            batch = sharding.placed(self.mesh, *batch_BT)
             batch_loss, batch_correct = self.eval_step(self.state.params, *batch)
-            loss, correct, tokens = loss + float(batch_loss), correct + int(batch_correct), tokens + targets_BT.size
+            loss, correct = loss + float(batch_loss), correct + int(batch_correct)
+            tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))
         return loss / tokens, correct / tokens
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -346,9 +358,9 @@ class Trainer:
         else:
             self.state = restore_state(self.state, slots, updates, skipped)
 
-    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+    def diagnose(self, *batch_ABT: np.ndarray, position: int | None = None) -> Diagnosis:
         position = sum(self.counts()) if position is None else position
-        return diagnose(self.config, self.state.params, self.slots(), position, inputs_ABT, targets_ABT)
+        return diagnose(self.config, self.state.params, self.slots(), position, *batch_ABT)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:
         return make_generator(self.config.model, self.config.precision, self.weights())(tokens, options)

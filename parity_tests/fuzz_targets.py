@@ -22,7 +22,6 @@ import torch
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from harness.chat import ChatTemplate
 from harness.commands.generate import GenerateCommand, generate_text
 from harness.commands.train import parse_run_config
 from harness.folders import load_config, load_folder, save_folder, write_json
@@ -33,6 +32,7 @@ from harness.state import SLOTS, TrainingState, load_state, save_state
 from harness.tensors import DTYPES, StoredTensors, read_header, write_tensors
 from harness.text import TextStream
 from parity_tests.fuzz import Facts, NoOpinionError, Target
+from recipe.chat import ChatTemplate
 from recipe.config import DataConfig, ModelConfig, RunConfig, require, to_dict
 from recipe.corpus import load_documents
 from recipe.data import prepare

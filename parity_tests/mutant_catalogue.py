@@ -156,9 +156,9 @@ MUTANTS = (
     Mutant(
         "residual taken after the norm",
         MODEL,
-        "        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)",
+        "        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), places, dropout_key, cache)",
         "        x_BTD = self.input_layernorm(x_BTD)\n"
-        "        branch_BTD = self.self_attn(x_BTD, cos_TR, sin_TR, dropout_key, cache)",
+        "        branch_BTD = self.self_attn(x_BTD, places, dropout_key, cache)",
         LOGITS,
     ),
     Mutant("bias not added", MODEL, "return y if self.bias is None else", "return y if True else", BIAS),
@@ -188,8 +188,8 @@ MUTANTS = (
     Mutant(
         "padding tokens of the last chunk counted",
         JAX_LOSS,
-        "accumulator(x_MD.dtype)), (0, padding))",
-        "accumulator(x_MD.dtype)), (0, padding), constant_values=1.0 / M)",
+        "jnp.pad(means_M, (0, padding))",
+        "jnp.pad(means_M, (0, padding), constant_values=1.0 / M)",
         CHUNKS,
     ),
     Mutant(
@@ -202,10 +202,10 @@ MUTANTS = (
     Mutant(
         "labels shifted by one",
         MODEL,
-        "return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))",
+        "return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1), weights_M)",
         "return cross_entropy(\n"
         "            x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD,\n"
-        "            jnp.roll(targets_BT, 1, 1).reshape(-1)\n        )",
+        "            jnp.roll(targets_BT, 1, 1).reshape(-1), weights_M\n        )",
         GRADS,
     ),
     Mutant(
@@ -500,9 +500,8 @@ MUTANTS = (
     Mutant(
         "clip of each micro-batch instead of their mean",
         TRAIN,
-        "            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), "
-        "inputs_BT, targets_BT, key)\n",
-        "            value, grads = jax.value_and_grad(loss)(variables, rounded, inputs_BT, targets_BT, key)\n"
+        "            return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), batch, key)\n",
+        "            value, grads = jax.value_and_grad(loss)(variables, rounded, batch, key)\n"
         "            return value, clip_by_global_norm(grads, config.clip_norm)[0]\n",
         UPDATES,
     ),

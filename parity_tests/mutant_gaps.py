@@ -427,8 +427,8 @@ DATA_SLIPS = (
         "data",
         "every evaluation sees one batch fewer",
         "recipe.data",
-        "range(0, count * rows, rows)",
-        "range(0, max(1, count - 1) * rows, rows)",
+        "range(0, count * rows, rows):\n            yield self._with",
+        "range(0, max(1, count - 1) * rows, rows):\n            yield self._with",
         CAUSES,
     ),
 )
@@ -462,8 +462,8 @@ REPORTING = (
         "reporting",
         "the epochs of one micro-batch",
         "harness.loop",
-        "config.steps * config.tokens_per_step / tokens",
-        "config.steps * config.batch_size * config.sequence_length / tokens",
+        "config.steps * config.accumulation * config.batch_size, config.sequence_length)",
+        "config.steps * config.batch_size, config.sequence_length)",
         LOG,
     ),
     slip(
@@ -486,8 +486,8 @@ REPORTING = (
         "reporting",
         "evaluation averages batches, not tokens",
         "jax_impl.train",
-        "tokens + targets_BT.size\n        return loss / tokens",
-        "tokens + 1\n        return loss / tokens",
+        "tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))",
+        "tokens += 1",
         EVALUATED,
     ),
 )
@@ -2032,11 +2032,92 @@ STATES_OF_A_MESH = (
     ),
 )
 
+PACKING, TALKS = "parity_tests/test_packing.py", "tests/test_chat_data.py"
+PACKED = f"{PACKING}::test_whole_updates_equal_the_third_opinion[torch-no-default]"
+CONVERSATIONS = (
+    both(
+        "micro-batches of few trained tokens count as much as those of many",
+        "train",
+        "weighted(targets_ABT, config.precision.params)",
+        "jax.vmap(lambda targets: weighted(targets, config.precision.params))(targets_ABT)",
+        PACKED,
+        (
+            "weighted(targets_ABT, getattr(torch, config.precision.params))",
+            "map(torch.stack, zip(*(weighted(x, getattr(torch, config.precision.params)) for x in targets_ABT)))",
+        ),
+    ),
+    slip(
+        "both halves",
+        "padding and prompts are trained on as token 0",
+        "torch_ref.loss",
+        "torch.where(trained, weight, torch.zeros_like(weight))",
+        "weight.expand(targets.shape)",
+        PACKED,
+    ),
+    slip(
+        "both halves",
+        "documents see those before them, in torch",
+        "torch_ref.attention",
+        "return of_queries_BT[:, None, :, None] == of_keys_BS[:, None, None, :]",
+        "return of_queries_BT[:, None, :, None] >= of_keys_BS[:, None, None, :]",
+        PACKED,
+    ),
+    slip(
+        "both halves",
+        "documents see those before them, in JAX",
+        "jax_impl.attention",
+        "return of_queries_BT[:, None, :, None] == of_keys_BS[:, None, None, :]",
+        "return of_queries_BT[:, None, :, None] >= of_keys_BS[:, None, None, :]",
+        f"{PACKING}::test_no_bit_of_another_document_is_seen[jax]",
+    ),
+    slip(
+        "both halves",
+        "an evaluation in JAX counts what is ignored",
+        "jax_impl.model",
+        "trained_M = None if documents_BT is None else",
+        "trained_M = None if True else",
+        f"{PACKING}::test_an_evaluation_leaves_out_what_is_ignored[jax]",
+    ),
+    slip(
+        "data",
+        "the assistant never learns to stop",
+        "recipe.chat",
+        "spans.append((first, token.end() if token else end))",
+        "spans.append((first, end))",
+        f"{TALKS}::test_contents_and_the_ends_of_their_turns_are_trained_on[chatml]",
+    ),
+    slip(
+        "data",
+        "a template's rewriting goes unseen",
+        "recipe.chat",
+        'if pieces[1::2] == [*said] and "".join(written) == text:',
+        "if True:",
+        f"{TALKS}::test_what_a_template_rewrites_is_refused_by_its_line",
+    ),
+    slip(
+        "data",
+        "what fills a row up belongs to its last conversation",
+        "recipe.conversations",
+        "documents[place, end:] = len(self.rows[row])",
+        "documents[place, end:] = len(self.rows[row]) - 1",
+        f"{TALKS}::test_a_row_holds_whole_conversations_and_says_whose_each_token_is",
+    ),
+    slip(
+        "data",
+        "the end of a text belongs to the next document",
+        "recipe.packing",
+        "return np.cumsum(ends, axis=-1, dtype=np.int32) - ends",
+        "return np.cumsum(ends, axis=-1, dtype=np.int32)",
+        f"{TALKS}::test_documents_of_plain_text_end_with_the_end_of_text",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
     *SHARED,
     *DATA_SLIPS,
     *STREAMED,
+    *CONVERSATIONS,
     *REPORTING,
     *COST_SLIPS,
     *PRECISION,

@@ -109,8 +109,8 @@ MUTANTS = (
     on_a_mesh(
         "gradients are summed once per micro-batch",
         "train",
-        "return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), inputs_BT, targets_BT, key)",
-        "return exchange.reduced(*jax.value_and_grad(loss)(variables, rounded, inputs_BT, targets_BT, key))",
+        "return jax.value_and_grad(loss)(variables, exchange.in_turn(rounded, index), batch, key)",
+        "return exchange.reduced(*jax.value_and_grad(loss)(variables, rounded, batch, key))",
         f"{BYTES}[all]",
     ),
     on_a_mesh(

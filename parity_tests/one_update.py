@@ -82,25 +82,29 @@ def turned(x_BTNH: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
 
 
-def attended(q_BTNH, k_BTKH, v_BTKH, window: int | None, rate: float, key, layer: int) -> np.ndarray:
+def attended(q_BTNH, k_BTKH, v_BTKH, documents_BT, window: int | None, rate: float, key, layer: int) -> np.ndarray:
     """Causal grouped-query attention, the window counting the query itself; each row and head has a key of its
-    own for the mask over its queries and keys."""
+    own for the mask over its queries and keys. Documents of a row do not see each other."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     window, q_BTKGH = T if window is None else window, q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = np.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH) / math.sqrt(H)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
-    seen_TS = (s <= t) & (s > t - window)
-    shifted = scores_BKGTS - np.where(seen_TS, scores_BKGTS.real, -np.inf).max(axis=-1, keepdims=True)
-    powers = np.where(seen_TS, np.exp(np.where(seen_TS, shifted, 0.0)), 0.0)
+    together_BTS = np.ones((1, T, T), bool)
+    if documents_BT is not None:
+        together_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+    seen_BKGTS = ((s <= t) & (s > t - window) & together_BTS)[:, None, None]
+    shifted = scores_BKGTS - np.where(seen_BKGTS, scores_BKGTS.real, -np.inf).max(axis=-1, keepdims=True)
+    powers = np.where(seen_BKGTS, np.exp(np.where(seen_BKGTS, shifted, 0.0)), 0.0)
     probs_BKGTS = powers / powers.sum(axis=-1, keepdims=True)
     for number, head in enumerate(np.ndindex(B, K, N // K)):
         probs_BKGTS[head] = dropped(probs_BKGTS[head], rate, key, layer, PROBABILITIES, number)
     return np.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BTKH).reshape(B, T, N * H)
 
 
-def loss(model: Any, weights: Mapping[str, np.ndarray], inputs_BT, targets_BT, key=None) -> complex:
-    """Mean of -log softmax(logits)[target] in nats; without a key nothing is dropped."""
+def loss(model: Any, weights: Mapping[str, np.ndarray], inputs_BT, targets_BT, key=None, documents_BT=None, count=None):
+    """Sum of -log softmax(logits)[target] in nats, of targets that are not -100, by their count or the one given;
+    without a key nothing is dropped."""
     (B, T), H, outside, rate = inputs_BT.shape, model.head_dim, model.num_hidden_layers, model.dropout
 
     def linear(x, name):
@@ -120,7 +124,7 @@ def loss(model: Any, weights: Mapping[str, np.ndarray], inputs_BT, targets_BT, k
             q, k = norm(q, attention + "q_norm"), norm(k, attention + "k_norm")
         window = model.sliding_window if layer >= model.max_window_layers else None
         q, k = turned(q, model.rope_theta), turned(k, model.rope_theta)
-        y_BTD = linear(attended(q, k, v, window, rate, key, layer), attention + "o_proj")
+        y_BTD = linear(attended(q, k, v, documents_BT, window, rate, key, layer), attention + "o_proj")
         x_BTD = x_BTD + dropped(y_BTD, rate, key, layer, ATTENTION_BRANCH)
         y_BTD = norm(x_BTD, block + "post_attention_layernorm")
         gate = linear(y_BTD, mlp + "gate_proj")
@@ -131,18 +135,19 @@ def loss(model: Any, weights: Mapping[str, np.ndarray], inputs_BT, targets_BT, k
     head = "model.embed_tokens" if model.tie_word_embeddings else "lm_head"
     logits_BTV = x_BTD @ weights[head + ".weight"].T
     logits_BTV = logits_BTV - logits_BTV.real.max(axis=-1, keepdims=True)
-    hits = np.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return complex(np.mean(np.log(np.exp(logits_BTV).sum(axis=-1)) - hits))
+    hits = np.take_along_axis(logits_BTV, np.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    losses_BT = np.where(targets_BT != -100, np.log(np.exp(logits_BTV).sum(axis=-1)) - hits, 0.0)
+    return complex(losses_BT.sum() / (count or (targets_BT != -100).sum()))
 
 
-def gradient(model: Any, weights: Arrays, inputs_BT, targets_BT, key=None) -> Arrays:
+def gradient(model: Any, weights: Arrays, *batch) -> Arrays:
     """d loss / d weight of every weight, one number after another."""
 
     def derivatives(name: str) -> Iterator[float]:
         for index in np.ndindex(weights[name].shape):
             moved = weights[name].astype(np.complex128)
             moved[index] += STEP * 1j
-            yield loss(model, weights | {name: moved}, inputs_BT, targets_BT, key).imag / STEP
+            yield loss(model, weights | {name: moved}, *batch).imag / STEP
 
     return {name: np.reshape(list(derivatives(name)), weight.shape) for name, weight in weights.items()}
 
@@ -165,12 +170,16 @@ def orthogonal(x_OI: np.ndarray, steps: int, eps: float) -> np.ndarray:
     return x
 
 
-def one_update(run: Any, state: State, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> tuple[State, dict]:
-    """The state after one update, and its metrics: loss, grad_norm before the clip, Muon's rate, skipped updates."""
+def one_update(run: Any, state: State, inputs_ABT, targets_ABT, documents_ABT=None) -> tuple[State, dict]:
+    """The state after one update, and its metrics: loss, grad_norm before the clip, Muon's rate, skipped updates.
+
+    The loss is the mean over the trained tokens of all micro-batches, so each is divided by an equal share of them."""
     A, key = len(inputs_ABT), folded((0, run.seed), state.updates + state.skipped)
+    share = max(1, (targets_ABT != -100).sum()) / A
     losses, grads = [], {name: np.zeros_like(weight) for name, weight in state.weights.items()}
     for a in range(A):
-        batch = inputs_ABT[a], targets_ABT[a], folded(key, a)
+        documents_BT = None if documents_ABT is None else documents_ABT[a]
+        batch = inputs_ABT[a], targets_ABT[a], folded(key, a), documents_BT, share
         losses.append(loss(run.model, state.weights, *batch).real)
         for name, grad in gradient(run.model, state.weights, *batch).items():
             grads[name] += grad / A

@@ -41,9 +41,9 @@ class JaxModel:
     def weights(self) -> Arrays:
         return jax_impl.weights.to_hf(self.params)
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    def logits(self, tokens_BT: np.ndarray, documents_BT: np.ndarray | None = None) -> np.ndarray:
         with self._settings():
-            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params)(tokens_BT))
+            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params)(tokens_BT, documents_BT))
             return np.asarray(call(self.params))
 
     def loss_and_grads(self, inputs_BT, targets_BT, dropout_seed: int | None = None) -> tuple[float, Arrays]:
@@ -56,9 +56,9 @@ class JaxModel:
             value, grads = jax.jit(jax.value_and_grad(loss))(self.params)
             return float(value), jax_impl.weights.to_hf(grads)
 
-    def evaluate(self, inputs_BT, targets_BT) -> tuple[float, int]:
+    def evaluate(self, *batch_BT: np.ndarray) -> tuple[float, int]:
         with self._settings():
-            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params).evaluate(inputs_BT, targets_BT))
+            call = jax.jit(lambda params: jax_impl.weights.bind(self.graph, params).evaluate(*batch_BT))
             loss, correct = call(self.params)
             return float(loss), int(correct)
 
@@ -72,9 +72,9 @@ class TorchModel:
     def weights(self) -> Arrays:
         return torch_ref.weights.to_hf(dict(self.module.named_parameters()))
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    def logits(self, *batch_BT: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return self.module(torch.tensor(tokens_BT, device=self.device)).cpu().numpy()
+            return self.module(*self._tensors(*batch_BT)).cpu().numpy()
 
     def loss_and_grads(self, inputs_BT, targets_BT, dropout_seed: int | None = None) -> tuple[float, Arrays]:
         self.module.zero_grad()
@@ -84,9 +84,9 @@ class TorchModel:
         grads = {name: parameter.grad for name, parameter in self.module.named_parameters()}
         return loss.item(), torch_ref.weights.to_hf(grads)
 
-    def evaluate(self, inputs_BT, targets_BT) -> tuple[float, int]:
+    def evaluate(self, *batch_BT: np.ndarray) -> tuple[float, int]:
         with torch.no_grad():
-            loss, correct = self.module.evaluate(*self._tensors(inputs_BT, targets_BT))
+            loss, correct = self.module.evaluate(*self._tensors(*batch_BT))
             return loss.item(), int(correct)
 
     def _tensors(self, *tokens_BT: np.ndarray) -> list[torch.Tensor]:
@@ -106,9 +106,9 @@ class JaxTraining:
             self.state = jax_impl.train.init_state(config, weights)
             self.train_step = _make_train_step(config)
 
-    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
+    def step(self, *batch_ABT: np.ndarray) -> dict[str, float]:
         with x64(self.config.precision):
-            self.state, metrics = self.train_step(self.state, inputs_ABT, targets_ABT)
+            self.state, metrics = self.train_step(self.state, *batch_ABT)
             return {name: float(value) for name, value in metrics.items()}
 
     def weights(self) -> Arrays:
@@ -133,8 +133,8 @@ class TorchTraining:
         self.state = torch_ref.train.init_state(config, weights, device)
         self.train_step = torch_ref.train.make_train_step(config)
 
-    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
-        batch = [torch.tensor(tokens, device=self.device).long() for tokens in (inputs_ABT, targets_ABT)]
+    def step(self, *batch_ABT: np.ndarray) -> dict[str, float]:
+        batch = [torch.tensor(tokens, device=self.device).long() for tokens in batch_ABT]
         self.state, metrics = self.train_step(self.state, *batch)
         return {name: float(value) for name, value in metrics.items()}
 

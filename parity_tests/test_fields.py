@@ -129,6 +129,7 @@ DATA: dict[str, Callable[[Path], Any]] = {
     "split": lambda texts: "leaking-windows",
     "validation_fraction": lambda texts: 0.4,
     "validation_tokens": lambda texts: 128,
+    "document_mask": lambda texts: True,
 }
 
 
@@ -409,6 +410,7 @@ OTHERS = {
     "model.initializer_range": "test_the_initial_weights_read_their_deviation_and_the_seed",
     "model.max_position_embeddings": "test_positions_are_a_limit",
     "data.cache_dir": "test_the_cache_lies_where_it_is_put",
+    "data.chat": "tests/test_chat_data.py::test_batches_are_a_function_of_the_step_and_use_each_row_once_an_epoch",
     "precision.params": "test_parameters_are_kept_in_their_dtype",
     "precision.newton_schulz": "test_newton_schulz_runs_in_its_dtype",
     "precision.matmul": "test_products_depend_on_their_precision",

@@ -49,6 +49,10 @@ def _tables(library, x) -> tuple:
     return tuple(asarray(table, dtype=wide) for table in library.rope_table(model, x.shape[1]))
 
 
+def _places(library, x):
+    return library.Places(*_tables(library, x), None)
+
+
 def _key(library):
     return torch_random.key(5) if library is torch_ref.model else jax_random.key(5)
 
@@ -77,9 +81,9 @@ PARTS = {
     "dropout": Part(lambda library, module, x: library.dropout(x, 0.1, _key(library), 1, 2), {"x": (3, 5, 7)}),
     "mlp": Part(lambda library, module, x: module(x, None), {"x": (2, 7, 30)}, LAYER + "mlp."),
     "self_attn": Part(
-        lambda library, module, x: module(x, *_tables(library, x), None), {"x": (2, 7, 30)}, LAYER + "self_attn."
+        lambda library, module, x: module(x, _places(library, x), None), {"x": (2, 7, 30)}, LAYER + "self_attn."
     ),
-    "block": Part(lambda library, module, x: module(x, *_tables(library, x), None), {"x": (2, 7, 30)}, LAYER),
+    "block": Part(lambda library, module, x: module(x, _places(library, x), None), {"x": (2, 7, 30)}, LAYER),
     "cross_entropy": Part(
         lambda library, module, x, head: library.cross_entropy(x, head, _targets(library, 14)),
         {"x": (14, 30), "head": (53, 30)},

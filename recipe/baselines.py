@@ -12,14 +12,20 @@ def ngram_baselines(dataset: Dataset) -> dict[str, float]:
 
     Counts are those of the training tokens, of a streamed text of its first BASELINE_TOKENS on either side; the unigram
     has one added to each count, and the bigram is interpolated, (count(a, b) + m p(b)) / (count(a) + m), with the m of
-    a small grid that does best, which flatters it a little.
+    a small grid that does best, which flatters it a little. Of conversations, tokens are those that are trained on.
     """
     vocabulary = dataset.tokenizer.vocab_size
-    train, held_out = (tokens.astype(np.int64) for tokens in dataset.counted())
+    trained = dataset.pairs()
+    if trained is None:
+        train, held_out = (tokens.astype(np.int64) for tokens in dataset.counted())
+        contexts, (first, second), (before, after) = train, (train[:-1], train[1:]), (held_out[:-1], held_out[1:])
+    else:
+        (first, second), (before, after) = (tuple(x.astype(np.int64) for x in side) for side in trained)
+        contexts, train, held_out = first, second, after
     counts = np.bincount(train, minlength=vocabulary)
     unigram = (counts + 1.0) / (len(train) + vocabulary)
-    pairs, pair_counts = np.unique(train[:-1] * vocabulary + train[1:], return_counts=True)
-    before, after = held_out[:-1], held_out[1:]
+    pairs, pair_counts = np.unique(first * vocabulary + second, return_counts=True)
+    counts = np.bincount(contexts, minlength=vocabulary)
     wanted = before * vocabulary + after
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, pair_counts[place], 0)

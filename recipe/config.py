@@ -309,6 +309,11 @@ class DataConfig:
     plays, unless hashed, always the same two."""
     validation_tokens: int = 32_768
     """Token budget of one evaluation."""
+    chat: bool = False
+    """The corpus is conversations (JSONL or hub: records with messages, each a role and a content), written by the
+    tokenizer folder's chat template; only the assistant's words are trained on (docs/chat.md)."""
+    document_mask: bool = False
+    """Tokens see those of their own document alone, also where a row has several; conversations always do."""
     cache_dir: str = ""
     """Token and tokenizer cache; empty is $QWEN_FROM_SCRATCH_CACHE or ~/.cache/qwen-from-scratch."""
 
@@ -340,6 +345,20 @@ class DataConfig:
                 value is None or 0 < value < LARGEST_WHOLE,
                 f"data.{name}={value} must be at least 1 and below {LARGEST_WHOLE}; leave it out for no limit.",
             )
+        require(
+            not self.chat or self.split == "documents",
+            f"data.chat holds out whole conversations, which data.split={self.split} does not; leave that out.",
+        )
+        require(
+            not self.chat or (self.max_characters is None and self.max_tokens is None),
+            "data.chat takes whole conversations, and data.max_characters and data.max_tokens cut texts; leave them "
+            "out, or pass --data.max_documents.",
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches say which document each token is of."""
+        return self.chat or self.document_mask
 
 
 @dataclass(frozen=True)

@@ -331,9 +331,16 @@ def _piece(block: bytes) -> int:
 def read_json_lines(
     file: Path, name: str, field: str, offset: int = 0, number: int = 0, longest: int = -1
 ) -> Iterator[Found]:
-    """One object a line; a line ends at a line feed alone, as JSON texts may hold U+2028 and its like as they are.
+    """One object a line, of which a field is the text. A line is not read beyond `longest` bytes, but refused."""
+    for where, record, after, line in json_lines(file, offset, number, longest):
+        yield Found(f"{name}:{line}", _field(record, field, where), after, line)
 
-    From an offset on, before which there are `number` lines. A line is not read beyond `longest` bytes, but refused.
+
+def json_lines(file: Path, offset: int = 0, number: int = 0, longest: int = -1) -> Iterator[tuple[str, Any, int, int]]:
+    """The JSON value of each line: its name in messages, itself, where it ends, and the number of the line.
+
+    A line ends at a line feed alone, as JSON texts may hold U+2028 and its like as they are. From an offset on, before
+    which there are `number` lines.
     """
     shown = _shown(file)
     with open(file, "rb") as lines:
@@ -347,7 +354,7 @@ def read_json_lines(
             )
             line = _text(data, f"{shown} line {number}").strip()
             if line:
-                yield Found(f"{name}:{number}", _field(parse_json(line, where), field, where), offset, number)
+                yield where, parse_json(line, where), offset, number
 
 
 def _field(record: object, field: str, where: str) -> str:
@@ -429,7 +436,14 @@ def hub_folder(source: str) -> bool:
 
 
 def read_hub(source: str, field: str, offset: int = 0) -> Iterator[Found]:
-    """Stream OWNER/NAME[/SUBSET], or the files of a local folder, through `datasets`, from record `offset` on."""
+    """The texts of `hub_records`, each the field of a record."""
+    for where, record, index in hub_records(source, offset):
+        yield Found(f"{source}:{index}", _field(record, field, where), index + 1)
+
+
+def hub_records(source: str, offset: int = 0) -> Iterator[tuple[str, Any, int]]:
+    """Stream OWNER/NAME[/SUBSET], or the files of a local folder, through `datasets`, from record `offset` on: each
+    record's name in messages, itself, and its number."""
     instead = "pass --data.corpus shakespeare, or a local file or folder"
     shown = _shown(f"hub:{source}")
     try:
@@ -460,6 +474,5 @@ def read_hub(source: str, field: str, offset: int = 0) -> Iterator[Found]:
             raise UserError(f"data.corpus={shown} cannot be read ({_reason(error)}); {instead}.") from None
         if record is None:
             return
-        text = _field(record, field, f"data.corpus: {shown} record {index}")
+        yield f"data.corpus: {shown} record {index}", record, index
         index += 1
-        yield Found(f"{source}:{index - 1}", text, index)

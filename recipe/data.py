@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from recipe.cache import cache_folder, key_of, publish, read_manifest, scratch_of, writing
+from recipe.chat import template_of
 from recipe.config import DataConfig, require
+from recipe.conversations import Rows, Side, hold_out, read_conversations, tokenised
 from recipe.corpus import Documents, load_documents
 from recipe.durable import make_folder
 from recipe.mixture import BLOCK, Schedule, Term, apportion, parse_mixture, shuffled
+from recipe.packing import documents_by_end
 from recipe.reading import short
 from recipe.shards import Shards
 from recipe.sources import SIDES
@@ -32,6 +35,10 @@ Tokens = np.ndarray | Shards
 
 FORMAT = 2
 """Raised when the meaning of the cached files changes."""
+CHAT_FORMAT = "chat 1"
+"""The same of conversations."""
+HELD_OUT_ROWS = 2**29
+"""Stream of random numbers that orders the rows of held-out conversations; epochs have the small ones."""
 CACHED = {"train.npy", "validation.npy", "tokenizer.json"}
 HELD_OUT_PLAYS = slice(9, None, 19)
 """Of the 38 plays by name: Henry IV, Part 1 and The Comedy of Errors."""
@@ -62,15 +69,18 @@ class Dataset:
         leaking_fraction: float | None,
         seed: int,
         said: str = "",
+        document_mask: bool = False,
     ) -> None:
         """`leaking_fraction` is the share of stride-1 windows held out under leaking-windows, else None.
 
-        `said` is one line on what was read of the corpus, or empty.
+        `said` is one line on what was read of the corpus, or empty. With `document_mask` batches say which document of
+        its row each token is of, by the ends of text in it.
         """
         self.tokenizer = tokenizer
         self.train_tokens, self.validation_tokens = train_tokens, validation_tokens
         self.bytes_per_token = bytes_per_token
         self.leaking_fraction, self.seed, self.said = leaking_fraction, seed, said
+        self.document_mask = document_mask
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
         self._leaking_starts = functools.lru_cache(maxsize=2)(self._split_windows)
 
@@ -82,9 +92,10 @@ class Dataset:
         batch_size: int,
         sequence_length: int,
         rows: slice | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         """inputs_ABT, targets_ABT (int32) of update `step`, counted from 0; targets are one token ahead.
 
+        Where rows have documents that do not see each other, also documents_ABT, each token's within its row.
         Every window of an epoch is used once, in an order drawn from (seed, epoch); a batch may straddle epochs.
         `rows` are those of each micro-batch that are wanted, and read; None is all of them.
         """
@@ -92,9 +103,14 @@ class Dataset:
         index_AB = np.arange(step * per_step, (step + 1) * per_step).reshape(accumulation, batch_size)
         if rows is not None:
             index_AB = index_AB[:, rows]
-        inputs, targets = self._train_windows(index_AB.ravel(), sequence_length)
         shape = (*index_AB.shape, sequence_length)
-        return inputs.reshape(shape), targets.reshape(shape)
+        batch = self._with_documents(*self._train_windows(index_AB.ravel(), sequence_length))
+        return tuple(array.reshape(shape) for array in batch)
+
+    def _with_documents(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+        if not self.document_mask:
+            return inputs, targets
+        return inputs, targets, documents_by_end(inputs, self.tokenizer.eos_id)
 
     def _train_windows(self, index: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of rows by their numbers, counted from the first row of the first update."""
@@ -108,8 +124,9 @@ class Dataset:
 
     def validation_batches(
         self, batch_size: int, sequence_length: int, tokens: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """inputs_BT, targets_BT (int32): always the same first windows, whole batches within the budget of `tokens`.
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """inputs_BT, targets_BT (int32), and documents_BT as a batch has them: always the same first windows, whole
+        batches within the budget of `tokens`.
 
         At least one batch; fewer rows than `batch_size` if the held-out text is shorter than one.
         """
@@ -117,7 +134,7 @@ class Dataset:
         rows = min(batch_size, len(starts))
         count = max(1, min(tokens // (rows * sequence_length), len(starts) // rows))
         for first in range(0, count * rows, rows):
-            yield _windows(self.held_out_tokens, starts[first : first + rows], sequence_length)
+            yield self._with_documents(*_windows(self.held_out_tokens, starts[first : first + rows], sequence_length))
 
     def check_length(self, sequence_length: int) -> None:
         """Raise UserError if the training text or the held-out text is shorter than one window."""
@@ -164,6 +181,102 @@ class Dataset:
     def _permute(self, epoch: int, windows: int) -> np.ndarray:
         return _generator(self.seed, epoch).permutation(windows)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to go on from, as this dataset's model is asked."""
+        return self.tokenizer.encode_prompt(text)
+
+    def describe(self, sequence_length: int) -> str:
+        """One line on what was read of the corpus, or empty."""
+        return self.said
+
+    def epochs(self, rows: int, sequence_length: int) -> float:
+        """How often so many rows go through the training text."""
+        return float(rows * sequence_length / len(self.train_tokens))
+
+    def pairs(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+        """Of both sides the tokens trained on and those before them; None if that is all of `counted`."""
+        return None
+
+
+class ChatDataset(Dataset):
+    """Conversations, of which the assistant's words are trained on; batches are pure functions of (seed, step), too."""
+
+    def __init__(self, tokenizer: Tokenizer, train: Side, validation: Side, *, seed: int, said: str) -> None:
+        text = tokenizer.decode(validation.tokens[validation.trained].tolist())
+        super().__init__(
+            tokenizer,
+            train.tokens,
+            validation.tokens,
+            bytes_per_token=len(text.encode()) / max(1, int(np.count_nonzero(validation.trained))),
+            leaking_fraction=None,
+            seed=seed,
+            said=said,
+        )
+        self.train, self.validation = train, validation
+        self._rows = functools.lru_cache(maxsize=4)(self._pack)
+
+    def _pack(self, side: str, sequence_length: int) -> Rows:
+        rows = Rows(getattr(self, side), sequence_length, self.tokenizer.eos_id)
+        which = "training" if side == "train" else "held-out"
+        require(
+            len(rows) > 0,
+            f"sequence_length={sequence_length} cuts off all that the assistant says in the {which} conversations; "
+            "raise --sequence_length.",
+        )
+        return rows
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise UserError if of no conversation to train on, or of none held out, a row has an assistant's word."""
+        for side in SIDES:
+            self._rows(side, sequence_length)
+
+    def _with_documents(self, *batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        return batch
+
+    def _train_windows(self, index: np.ndarray, sequence_length: int) -> tuple[np.ndarray, ...]:  # type: ignore[override]
+        rows = self._rows("train", sequence_length)
+        epochs, places = np.divmod(index, len(rows))
+        chosen = [self._permutation(int(epoch), len(rows))[place] for epoch, place in zip(epochs, places, strict=True)]
+        return rows.gather(chosen)
+
+    def validation_batches(
+        self, batch_size: int, sequence_length: int, tokens: int
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """As `Dataset` has them, with documents_BT; the budget counts all tokens, also those that nobody trains on."""
+        packed = self._rows("validation", sequence_length)
+        order = _generator(self.seed, HELD_OUT_ROWS).permutation(len(packed))  # the fullest rows were begun first
+        rows = min(batch_size, len(packed))
+        count = max(1, min(tokens // (rows * sequence_length), len(packed) // rows))
+        for first in range(0, count * rows, rows):
+            yield packed.gather(order[first : first + rows])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training tokens, of which are trained on, and of where conversations end."""
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in self.train)).hexdigest()
+
+    def pairs(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Of both sides the tokens that are the assistant's, and those before them."""
+        return self.train.pairs(), self.validation.pairs()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of the text as a user's message, which asks for an answer."""
+        template = template_of(self.tokenizer, "the tokenizer")
+        return self.tokenizer.encode(template.render([{"role": "user", "content": text}]))
+
+    def describe(self, sequence_length: int) -> str:
+        """One line on what was read, how it is packed, and what of it is trained on."""
+        share = np.mean(self.train.trained)
+        packed = "; ".join(
+            f"{name}: {self._rows(side, sequence_length).said()}"
+            for name, side in zip(("training", "held out"), SIDES, strict=True)
+        )
+        return f"{self.said}; {share:.1%} of the training tokens are the assistant's; {packed}"
+
+    def epochs(self, rows: int, sequence_length: int) -> float:
+        """How often so many rows go through all."""
+        return rows / len(self._rows("train", sequence_length))
+
 
 class StreamedDataset(Dataset):
     """Tokens of one corpus larger than memory, or of a mixture; batches are pure functions of (seed, step) here, too.
@@ -171,7 +284,15 @@ class StreamedDataset(Dataset):
     Of a mixture each row comes from the corpus that `Schedule` says, and is the next window of that corpus' epoch.
     """
 
-    def __init__(self, tokenizer: Tokenizer, parts: Sequence[Part], weights: Sequence[Fraction], *, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        parts: Sequence[Part],
+        weights: Sequence[Fraction],
+        *,
+        seed: int,
+        document_mask: bool = False,
+    ) -> None:
         """`weights` are those of the parts: shares of the rows, rounded to one in BLOCK."""
         self.parts, self.counts = list(parts), apportion(weights, BLOCK)
         self._schedule = Schedule(self.counts, seed)
@@ -186,11 +307,12 @@ class StreamedDataset(Dataset):
             leaking_fraction=None,
             seed=seed,
             said=self._describe(),
+            document_mask=document_mask,
         )
 
     def validation_batches(
         self, batch_size: int, sequence_length: int, tokens: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """As `Dataset` has them; of a mixture each corpus' first windows, in the shares that it is trained on.
 
         A corpus that is too short for its share shortens the evaluation, so that the shares stay.
@@ -206,7 +328,7 @@ class StreamedDataset(Dataset):
         ]
         for first in range(0, total, rows):
             parts, places = np.array(chosen[first : first + rows], np.int64).T
-            yield self._gather(parts, places, sequence_length, "validation")
+            yield self._with_documents(*self._gather(parts, places, sequence_length, "validation"))
 
     def check_length(self, sequence_length: int) -> None:
         """Raise UserError if a corpus has less than one window to train on, or to evaluate on."""
@@ -295,11 +417,14 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: To
     `tokenizer`, if it is given, stands for the one that the configuration names. With split=hashed the text streams
     through bounded memory into shards (`recipe/streaming.py`), else its documents are all read.
     """
+    if config.chat:
+        return _prepare_chat(config, tokenizer, seed, show_progress)
     if config.split == "hashed":
         given = load_tokenizer(config.tokenizer) if tokenizer is None and config.tokenizer != "bpe" else tokenizer
         terms = parse_mixture(config.corpus) or [Term(Fraction(1), config.corpus)]
         made, parts = prepare_parts(config, terms, given, cache_folder(config), show_progress)
-        return StreamedDataset(made, parts, [term.weight for term in terms], seed=seed)
+        shares = [term.weight for term in terms]
+        return StreamedDataset(made, parts, shares, seed=seed, document_mask=config.document_mask)
     documents = load_documents(config)
     split = split_documents(documents, config, seed)
     given = load_tokenizer(config.tokenizer) if tokenizer is None and config.tokenizer != "bpe" else tokenizer
@@ -317,7 +442,9 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: To
     folder = cache_folder(config) / key_of(options)
     manifest = read_manifest(folder, options, CACHED, tell=True)
     if manifest is None:
-        manifest = _build(folder, split, given, config, options, show_progress)
+        manifest = _build(
+            folder, options, CACHED, lambda: _tokenise(split, given, config, show_progress), show_progress
+        )
     return Dataset(
         load_tokenizer(folder) if given is None else given,
         np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False),
@@ -326,7 +453,46 @@ def prepare(config: DataConfig, *, seed: int, show_progress: bool, tokenizer: To
         leaking_fraction=config.validation_fraction if config.split == "leaking-windows" else None,
         seed=seed,
         said=documents.said,
+        document_mask=config.document_mask,
     )
+
+
+def _prepare_chat(config: DataConfig, tokenizer: Tokenizer | None, seed: int, show_progress: bool) -> ChatDataset:
+    """The conversations that the configuration describes, from the cache or written by their template into it."""
+    require(
+        tokenizer is not None or config.tokenizer != "bpe",
+        "data.chat needs a tokenizer with a chat template, and data.tokenizer=bpe has none; pass a chat model's folder "
+        "as --init or --data.tokenizer.",
+    )
+    given = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
+    template = template_of(given, config.tokenizer)
+    read = read_conversations(config)
+    found, _ = _drawn([one.size for one in read.conversations], config.validation_fraction, seed)
+    conversations = hold_out(read.conversations, found)
+    options = {
+        "format": CHAT_FORMAT,
+        "corpus": read.identity,
+        "tokenizer": hashlib.sha256(given.identity.encode()).hexdigest(),
+        "template": hashlib.sha256(json.dumps([template.source, template.special_tokens]).encode()).hexdigest(),
+        "held_out": hashlib.sha256(json.dumps([one.where for one in conversations[1]]).encode()).hexdigest(),
+    }
+    folder = cache_folder(config) / key_of(options)
+    files = {f"{side}-{array}.npy" for side in SIDES for array in Side._fields}
+
+    def make() -> tuple[dict[str, Any], dict[str, np.ndarray], Tokenizer]:
+        arrays: dict[str, np.ndarray] = {}
+        for side, part, what in zip(SIDES, conversations, ("training text", "held-out text"), strict=True):
+            made = tokenised(given, template, part, what, show_progress)
+            arrays |= {f"{side}-{name}": array for name, array in made._asdict().items()}
+        return {}, arrays, given
+
+    if read_manifest(folder, options, files, tell=True) is None:
+        _build(folder, options, files, make, show_progress)
+    train, validation = (
+        Side(*(np.load(folder / f"{side}-{array}.npy", mmap_mode="r", allow_pickle=False) for array in Side._fields))
+        for side in SIDES
+    )
+    return ChatDataset(given, train, validation, seed=seed, said=read.said)
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -352,14 +518,7 @@ def split_documents(documents: Documents, config: DataConfig, seed: int) -> Spli
             [text for index, text in enumerate(texts) if index not in held_out],
             [text for index, text in enumerate(texts) if index in held_out],
         )
-    total = sum(map(len, texts))
-    wanted = min(max(1, round(config.validation_fraction * total)), total - 1)
-    slack = min(wanted, total - wanted) // 10
-    held_out, missing = set(), wanted
-    for index in _generator(seed, 2**30).permutation(len(texts)).tolist():
-        if missing > slack and len(texts[index]) <= missing + slack:
-            held_out.add(index)
-            missing -= len(texts[index])
+    held_out, (missing, slack) = _drawn([len(text) for text in texts], config.validation_fraction, seed)
     train = [text for index, text in enumerate(texts) if index not in held_out]
     validation = [text for index, text in enumerate(texts) if index in held_out]
     if missing > slack or not validation:
@@ -378,6 +537,20 @@ def split_documents(documents: Documents, config: DataConfig, seed: int) -> Spli
     return Split(train, validation)
 
 
+def _drawn(sizes: Sequence[int], fraction: float, seed: int) -> tuple[set[int], tuple[int, int]]:
+    """Which documents of these sizes are held out, drawn by the seed; what is then missing of their share of the whole,
+    and how much may be."""
+    total = sum(sizes)
+    wanted = min(max(1, round(fraction * total)), total - 1)
+    slack = min(wanted, total - wanted) // 10
+    held_out, missing = set(), wanted
+    for index in _generator(seed, 2**30).permutation(len(sizes)).tolist():
+        if missing > slack and sizes[index] <= missing + slack:
+            held_out.add(index)
+            missing -= sizes[index]
+    return held_out, (missing, slack)
+
+
 def _cut(text: str, end: int, near: int) -> int:
     """Where to cut the text so that some `end` characters come after and neither part is blank.
 
@@ -393,9 +566,14 @@ def _cut(text: str, end: int, near: int) -> int:
 
 
 def _build(
-    folder: Path, split: Split, tokenizer: Tokenizer | None, config: DataConfig, options: dict, show_progress: bool
+    folder: Path,
+    options: dict,
+    names: set[str],
+    make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray], Tokenizer]],
+    show_progress: bool,
 ) -> dict[str, Any]:
-    """Tokenise and write the cache entry whole or not at all; the manifest of this one or of another's that was first.
+    """Write the cache entry of what `make` makes whole or not at all; the manifest of this one or of another's that was
+    first. Its files are `names`.
 
     UserError if the cache cannot be written.
     """
@@ -403,37 +581,37 @@ def _build(
         with writing(folder.parent):
             make_folder(folder.parent)
             scratch = building.enter_context(scratch_of(folder, show_progress))
-        found = read_manifest(folder, options, CACHED)
+        found = read_manifest(folder, options, names)
         if found is not None:
             return found
-        if tokenizer is None:
-            tokenizer = train_bpe(split.train, config.bpe_vocab_size)
-        progress = dict(show_progress=show_progress)
-        train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", **progress)
-        validation = encode_texts(tokenizer, split.validation, what="held-out text", **progress)
-        sample, tokens = (split.validation, validation) if split.validation else (split.train, train)
-        size = sum(len(text.encode()) for text in sample)
-        if config.max_tokens is not None and not split.validation:
-            size = len(tokenizer.decode(train.tolist()).encode())
-        manifest = {
-            "options": options,
-            "bytes_per_token": size / max(1, len(tokens)),
-            "vocab_size": tokenizer.vocab_size,
-            "train_tokens": len(train),
-            "validation_tokens": len(validation),
-        }
+        facts, arrays, tokenizer = make()
         with writing(folder.parent):
-            return _publish(folder, scratch, manifest, {"train": train, "validation": validation}, tokenizer)
+            for name, array in arrays.items():
+                np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+            tokenizer.save(scratch)
+            return publish(folder, scratch, {"options": options, **facts}, names)
 
 
-def _publish(
-    folder: Path, scratch: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Write the entry to the scratch folder and rename that into its place, unless another process has been first."""
-    for name, array in arrays.items():
-        np.save(scratch / f"{name}.npy", array, allow_pickle=False)
-    tokenizer.save(scratch)
-    return publish(folder, scratch, manifest, CACHED)
+def _tokenise(
+    split: Split, tokenizer: Tokenizer | None, config: DataConfig, show_progress: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray], Tokenizer]:
+    """What a manifest says of these texts, their tokens, and the tokenizer, trained on them if there is none."""
+    if tokenizer is None:
+        tokenizer = train_bpe(split.train, config.bpe_vocab_size)
+    progress = dict(show_progress=show_progress)
+    train = encode_texts(tokenizer, split.train, config.max_tokens, what="training text", **progress)
+    validation = encode_texts(tokenizer, split.validation, what="held-out text", **progress)
+    sample, tokens = (split.validation, validation) if split.validation else (split.train, train)
+    size = sum(len(text.encode()) for text in sample)
+    if config.max_tokens is not None and not split.validation:
+        size = len(tokenizer.decode(train.tolist()).encode())
+    facts = {
+        "bytes_per_token": size / max(1, len(tokens)),
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": len(train),
+        "validation_tokens": len(validation),
+    }
+    return facts, {"train": train, "validation": validation}, tokenizer
 
 
 def encode_texts(

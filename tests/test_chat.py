@@ -6,8 +6,8 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from harness import chat
-from harness.chat import ChatTemplate
+from recipe import chat
+from recipe.chat import ChatTemplate
 from recipe.config import UserError
 from recipe.tokenizer import train_bpe
 

@@ -13,6 +13,7 @@ from harness.divergence import Diagnosis, input_name, norms
 from recipe.config import RunConfig
 from torch_ref import random
 from torch_ref.hybrid import clip_by_global_norm
+from torch_ref.loss import weighted
 from torch_ref.model import Qwen3ForCausalLM
 from torch_ref.weights import to_array
 
@@ -37,6 +38,7 @@ def diagnose(
     position: int,
     inputs_ABT: torch.Tensor,
     targets_ABT: torch.Tensor,
+    documents_ABT: torch.Tensor | None = None,
 ) -> Diagnosis:
     """What update `position`, from 0, computes of this batch before its optimizer; nothing is changed.
 
@@ -44,10 +46,14 @@ def diagnose(
     """
     A, micro_batch = inputs_ABT.shape[0], None
     total: dict[str, torch.Tensor] = {}
+    batch: tuple[torch.Tensor, ...] = inputs_ABT, targets_ABT
+    if documents_ABT is not None:
+        targets, weights_ABT = weighted(targets_ABT, getattr(torch, config.precision.params))
+        batch = inputs_ABT, targets, documents_ABT, weights_ABT
     step_key = random.fold_in(random.key(config.seed), position)
     for index in range(A):
         key = random.fold_in(step_key, index) if config.model.dropout else None
-        shown = _tapped_pass(model, inputs_ABT[index], targets_ABT[index], key)
+        shown = _tapped_pass(model, [x[index] for x in batch], key)
         if not shown.is_finite():
             micro_batch, loss, grads = index, shown.loss, shown.grads
             break
@@ -70,7 +76,7 @@ def diagnose(
     )
 
 
-def _tapped_pass(model: Qwen3ForCausalLM, inputs_BT, targets_BT, key: random.Key | None) -> Pass:
+def _tapped_pass(model: Qwen3ForCausalLM, batch: list[torch.Tensor], key: random.Key | None) -> Pass:
     """One micro-batch, forward and backward."""
     forward: dict[str, bool] = {}
     backward: dict[str, bool] = {}
@@ -82,7 +88,7 @@ def _tapped_pass(model: Qwen3ForCausalLM, inputs_BT, targets_BT, key: random.Key
         return x
 
     with _tapped(model, tap):
-        loss = model.loss(inputs_BT, targets_BT, dropout_key=key)
+        loss = model.loss(*batch, dropout_key=key)
     named = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, list(named.values()))
     backward = {name: backward[name] for name in reversed(forward)}

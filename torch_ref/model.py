@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recipe.config import ModelConfig, PrecisionConfig, require
 from torch_ref import random
-from torch_ref.attention import attention, attention_in_use, fused_attention
+from torch_ref.attention import Places, attention, attention_in_use, fused_attention
 from torch_ref.cache import KVCache
 from torch_ref.loss import cross_entropy, logits, token_losses
 from torch_ref.products import accumulator
@@ -108,12 +108,11 @@ class Qwen3Attention(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        cos_TR: torch.Tensor,
-        sin_TR: torch.Tensor,
+        places: Places,
         dropout_key: random.Key | None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        B, T, _ = x_BTD.shape
+        (B, T, _), (cos_TR, sin_TR, documents_BT) = x_BTD.shape, places
         q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         k_BSKH = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         v_BSKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
@@ -127,8 +126,8 @@ class Qwen3Attention(nn.Module):
             out_BTNH = cache.attend(self.layer, q_BTNH, window=self.window)
         else:
             site_key = random.fold_in(dropout_key, self.layer, random.ATTENTION_PROBABILITIES) if rate else None
-            attend = fused_attention if attention_in_use(self.precision, rate) == "fused" else attention
-            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, window=self.window, rate=rate, key=site_key)
+            attend = fused_attention if attention_in_use(self.precision, rate, places.packed) == "fused" else attention
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, documents_BT, window=self.window, rate=rate, key=site_key)
         return self.o_proj(out_BTNH.reshape(B, T, -1))
 
 
@@ -165,12 +164,11 @@ class Qwen3DecoderLayer(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        cos_TR: torch.Tensor,
-        sin_TR: torch.Tensor,
+        places: Places,
         dropout_key: random.Key | None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_TR, sin_TR, dropout_key, cache)
+        branch_BTD = self.self_attn(self.input_layernorm(x_BTD), places, dropout_key, cache)
         x_BTD = x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.ATTENTION_RESIDUAL)
         branch_BTD = self.mlp(self.post_attention_layernorm(x_BTD), dropout_key)
         return x_BTD + dropout(branch_BTD, self.rate, dropout_key, self.layer, random.FFN_RESIDUAL)
@@ -188,9 +186,10 @@ class Qwen3Model(nn.Module):
         self.config, self.dtype, self.remat = config, getattr(torch, precision.compute), precision.remat
 
     def forward(
-        self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None, cache: KVCache | None = None
+        self, tokens_BT: torch.Tensor, documents_BT=None, *, dropout_key=None, cache: KVCache | None = None
     ) -> torch.Tensor:
-        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it."""
+        """The last hidden states (B, T, D). With a cache, the tokens follow those in it and are added to it; else each
+        sees those of its own document, if `documents_BT` (int32) says which is whose."""
         T, rate, outside = tokens_BT.shape[1], self.config.dropout, self.config.num_hidden_layers
         limit = self.config.max_position_embeddings
         require(limit >= T, f"a sequence of {T} tokens exceeds max_position_embeddings={limit}; shorten it.")
@@ -200,9 +199,10 @@ class Qwen3Model(nn.Module):
         cos_TR, sin_TR = (torch.as_tensor(table, **to) for table in tables)
         if decoding:
             cos_TR, sin_TR = cos_TR[cache.position_B[:, None]], sin_TR[cache.position_B[:, None]]
+        places = Places(cos_TR, sin_TR, documents_BT)
         x_BTD = dropout(self.embed_tokens(tokens_BT, self.dtype), rate, dropout_key, outside, random.EMBEDDING)
         for layer in self.layers:
-            call = functools.partial(layer, cos_TR=cos_TR, sin_TR=sin_TR, dropout_key=dropout_key, cache=cache)
+            call = functools.partial(layer, places=places, dropout_key=dropout_key, cache=cache)
             remat = self.remat and cache is None
             x_BTD = checkpoint(call, x_BTD, use_reentrant=False) if remat else call(x_BTD)
         return dropout(self.norm(x_BTD), rate, dropout_key, outside, random.HEAD)
@@ -223,20 +223,19 @@ class Qwen3ForCausalLM(nn.Module):
         """The output head: the embedding table if tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
-    def forward(self, tokens_BT: torch.Tensor, *, dropout_key: random.Key | None = None) -> torch.Tensor:
+    def forward(self, tokens_BT: torch.Tensor, documents_BT=None, *, dropout_key=None) -> torch.Tensor:
         """Logits (B, T, V) in float32 or wider."""
-        x_BTD = self.model(tokens_BT, dropout_key=dropout_key)
+        x_BTD = self.model(tokens_BT, documents_BT, dropout_key=dropout_key)
         return logits(x_BTD, self.head_VD)
 
-    def loss(
-        self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, *, dropout_key: random.Key | None = None
-    ) -> torch.Tensor:
-        """Mean loss in nats per token."""
-        x_BTD = self.model(inputs_BT, dropout_key=dropout_key)
-        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
+    def loss(self, inputs_BT, targets_BT, documents_BT=None, weights_BT=None, *, dropout_key=None) -> torch.Tensor:
+        """Mean loss in nats per token; `weights_BT`, whose mean is one, says how much each counts."""
+        x_BTD = self.model(inputs_BT, documents_BT, dropout_key=dropout_key)
+        weights_M = None if weights_BT is None else weights_BT.reshape(-1)
+        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1), weights_M)
 
-    def evaluate(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the tokens' losses and number of tokens whose target had the largest logit."""
-        x_BTD = self.model(inputs_BT)
+    def evaluate(self, inputs_BT, targets_BT, documents_BT=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the tokens' losses and number of tokens whose target had the largest logit, IGNORE left out."""
+        x_BTD = self.model(inputs_BT, documents_BT)
         losses_M, correct_M = token_losses(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head_VD, targets_BT.reshape(-1))
         return losses_M.sum(), correct_M.sum()

@@ -19,12 +19,14 @@ from harness.divergence import Diagnosis
 from harness.result import RunResult
 from harness.saving import NO_ROOM, LazyArrays, Snapshot
 from recipe.config import RunConfig
+from recipe.packing import IGNORE
 from recipe.schedule import learning_rate_factors
 from torch_ref import random
 from torch_ref.attention import attention_in_use, why_not_fused
 from torch_ref.diagnosis import diagnose
 from torch_ref.generate import make_generator
 from torch_ref.hybrid import MuonWithAdamW, clip_by_global_norm
+from torch_ref.loss import weighted
 from torch_ref.model import Qwen3ForCausalLM
 from torch_ref.weights import from_hf, optimizer_slots, restore_optimizer, slot_leaves, to_hf, to_hf_lazily
 
@@ -72,21 +74,31 @@ def restore_state(
 
 
 def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[str, float]]]:
-    """`train_step(state, inputs_ABT, targets_ABT) -> state, metrics`; the state is changed in place.
+    """`train_step(state, inputs_ABT, targets_ABT, documents_ABT=None) -> state, metrics`; the state is changed in
+    place. With documents no token sees another document's, and targets may be IGNORE.
 
     Mean gradient over the micro-batches, one clip over all parameters, Muon and AdamW. If the gradient's norm is not
     finite, nothing changes but the count of skipped updates.
     """
     schedule = make_schedule(config)
 
-    def train_step(state: TrainState, inputs_ABT: torch.Tensor, targets_ABT: torch.Tensor):
+    def train_step(
+        state: TrainState,
+        inputs_ABT: torch.Tensor,
+        targets_ABT: torch.Tensor,
+        documents_ABT: torch.Tensor | None = None,
+    ):
         A = inputs_ABT.shape[0]
         step_key = random.fold_in(random.key(config.seed), state.step + state.skipped)
+        weights_ABT = None
+        if documents_ABT is not None:
+            targets_ABT, weights_ABT = weighted(targets_ABT, getattr(torch, config.precision.params))
+        batch = inputs_ABT, targets_ABT, documents_ABT, weights_ABT
         state.model.zero_grad(set_to_none=True)
         total_loss = 0.0
         for index in range(A):
             key = random.fold_in(step_key, index) if config.model.dropout else None
-            loss = state.model.loss(inputs_ABT[index], targets_ABT[index], dropout_key=key)
+            loss = state.model.loss(*(None if x is None else x[index] for x in batch), dropout_key=key)
             loss.backward()
             total_loss = total_loss + loss.detach()
         grads = [parameter.grad for parameter in state.model.parameters()]
@@ -107,11 +119,13 @@ def make_train_step(config: RunConfig) -> Callable[..., tuple[TrainState, dict[s
 
 
 def make_evaluate(config: RunConfig) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """`evaluate(model, inputs_BT, targets_BT) -> sum of losses, number of correct tokens`."""
+    """`evaluate(model, inputs_BT, targets_BT, documents_BT=None) -> sum of losses, number of correct tokens`; with
+    documents targets may be IGNORE.
+    """
 
     @torch.no_grad()
-    def evaluate(model, inputs_BT, targets_BT):
-        return model.evaluate(inputs_BT, targets_BT)
+    def evaluate(model, *batch):
+        return model.evaluate(*batch)
 
     return evaluate
 
@@ -159,23 +173,25 @@ class Trainer:
             "torch": torch.__version__,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
             "deterministic": config.precision.deterministic or self.device == "cpu",
-            "attention": attention_in_use(config.precision, config.model.dropout),
-            "why_not_fused": why_not_fused(config.precision, config.model.dropout),
+            "attention": attention_in_use(config.precision, config.model.dropout, config.data.packed),
+            "why_not_fused": why_not_fused(config.precision, config.model.dropout, config.data.packed),
         }
 
-    def _tensor(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(tokens, np.int64), device=self.device)
+    def _tensors(self, *batch: np.ndarray) -> list[torch.Tensor]:
+        return [torch.as_tensor(np.asarray(tokens, np.int64), device=self.device) for tokens in batch]
 
-    def step(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray) -> dict[str, float]:
-        self.state, metrics = self.train_step(self.state, self._tensor(inputs_ABT), self._tensor(targets_ABT))
+    def step(self, *batch_ABT: np.ndarray) -> dict[str, float]:
+        batch = self._tensors(*batch_ABT)
+        self.state, metrics = self.train_step(self.state, *batch)
         return metrics
 
-    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, ...]]) -> tuple[float, float]:
         loss, correct, tokens = 0.0, 0, 0
-        for inputs_BT, targets_BT in batches:
-            batch = self._tensor(inputs_BT), self._tensor(targets_BT)
+        for batch_BT in batches:
+            batch = self._tensors(*batch_BT)
             batch_loss, batch_correct = self.eval_step(self.state.model, *batch)
-            loss, correct, tokens = loss + float(batch_loss), correct + int(batch_correct), tokens + targets_BT.size
+            loss, correct = loss + float(batch_loss), correct + int(batch_correct)
+            tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))
         return loss / tokens, correct / tokens
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -206,9 +222,9 @@ class Trainer:
     def restore(self, slots: Mapping[str, Mapping[str, np.ndarray]], updates: int, skipped: int) -> None:
         self.state = restore_state(self.state, slots, updates, skipped)
 
-    def diagnose(self, inputs_ABT: np.ndarray, targets_ABT: np.ndarray, *, position: int | None = None) -> Diagnosis:
+    def diagnose(self, *batch_ABT: np.ndarray, position: int | None = None) -> Diagnosis:
         position = sum(self.counts()) if position is None else position
-        batch = self._tensor(inputs_ABT), self._tensor(targets_ABT)
+        batch = self._tensors(*batch_ABT)
         return diagnose(self.config, self.state.model, self.slots(), position, *batch)
 
     def generate(self, tokens: list[int], options) -> Iterable[int]:

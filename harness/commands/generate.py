@@ -14,8 +14,8 @@ import tyro
 
 from harness import cli, generation_config, web
 from harness.api import SETTINGS, LanguageModel
-from harness.chat import ChatTemplate
 from harness.folders import find_weights, steadily
+from recipe.chat import ChatTemplate
 from recipe.config import UserError, require
 from recipe.sampling import Generator, SamplingOptions, make_batch
 

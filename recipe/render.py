@@ -1,8 +1,8 @@
-"""A program that renders a chat template, in a process of its own with bounds on memory and time, for `harness.chat`.
+"""A program that renders a chat template, in a process of its own with bounds on memory and time, for `recipe.chat`.
 
 It reads one JSON object a line and answers each by {"text"} or {"error"}: first {"template", "limits"}, then
-{"variables"} as often as asked. Only Jinja and the standard library are imported:
-the template comes with the weights, and what it is given is nobody else's memory.
+{"variables"} as often as asked, with {"marks"} to put around what the template says is the assistant's. Only Jinja and
+the standard library are imported: the template comes with the weights, and what it is given is nobody else's memory.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationBlock(ext.Extension):
-    """`{% generation %}`, with which templates mark the assistant's words for training: the body is rendered."""
+    """`{% generation %}`, with which templates mark the assistant's words for training: the body is rendered, between
+    its marks, as they are at the time."""
 
     tags = {"generation"}  # noqa: RUF012 -- as Jinja's own extensions have it
+    marks = ("", "")
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -29,7 +31,7 @@ class GenerationBlock(ext.Extension):
         return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
 
     def body(self, caller):
-        return caller()
+        return self.marks[0] + caller() + self.marks[1]
 
 
 class Namespace(utils.Namespace):
@@ -132,6 +134,7 @@ def main() -> None:
                 answer = {"text": ""}
             else:
                 bound(limits["bytes"], limits["seconds"])
+                GenerationBlock.marks = asked["marks"] or ("", "")
                 answer = {"text": render(template, asked["variables"], limits["characters"])}
         except Exception as error:  # whatever a stranger's template does
             answer = failure(error)
