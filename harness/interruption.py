@@ -7,6 +7,7 @@ own lock while it runs holds up both.
 """
 
 import contextlib
+import gc
 import math
 import os
 import selectors
@@ -256,7 +257,8 @@ class _Watch:
                 self._read()
             else:
                 self._take(number)  # It was written elsewhere.
-            error = self._entered[-1]._due()
+            # What is not raised now is due again with the next reminder.
+            error = None if _is_swallowed(frame) else self._entered[-1]._due()
         self._wake()
         if error is not None:
             raise error
@@ -341,6 +343,17 @@ def _within(seconds: float, write: Callable[[], object]) -> None:
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def _is_swallowed(frame: FrameType | None) -> bool:
+    """Whether Python would print an exception that is raised in this frame and go on: within a callback of its garbage
+    collector, as jax has one, or a finalizer."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave_terminal() -> None:

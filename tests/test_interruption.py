@@ -1,6 +1,7 @@
 """Signals at any moment of a run: one line, the right exit code, nothing half done cut by the first of them."""
 
 import contextlib
+import gc
 import io
 import os
 import pty
@@ -347,6 +348,35 @@ def test_the_exception_carries_the_line_and_the_code(number, kind):
         run.leave()
     assert str(left.value) == f"stopped by {signal.Signals(number).name} after step 1; x\\ny"
     assert number == INT or left.value.code == 128 + number
+
+
+@pytest.mark.parametrize("where", ["a callback of the collector", "a finalizer"])
+def test_what_python_would_swallow_is_raised_after_it(where, monkeypatch, capsys):
+    """Exceptions of a collector's callback and of `__del__` are printed, and their program goes on."""
+    lost, sent = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+
+    def send(*_):
+        if not sent:
+            sent.append(True)
+            signal.raise_signal(TERM)
+
+    class Finalized:
+        def __del__(self):
+            send()
+
+    try:
+        with pytest.raises(Terminated), Interruption() as interruption, interruption.at_once():
+            if where == "a finalizer":
+                Finalized()
+            else:
+                gc.callbacks.append(send)
+                gc.collect()
+            time.sleep(30)
+    finally:
+        if send in gc.callbacks:
+            gc.callbacks.remove(send)
+    assert sent and not lost
 
 
 def test_nobody_leaves_unasked():
