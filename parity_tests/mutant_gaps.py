@@ -2112,6 +2112,76 @@ CONVERSATIONS = (
     ),
 )
 
+STEPS, PAGES = "tests/test_pair.py", "parity_tests/test_report.py"
+TIMED = (
+    slip(
+        "the judge",
+        "the order of a round is never reversed",
+        "benchmarks.driver",
+        "order = workers if index % 2 == 0 else reversed(workers)",
+        "order = workers",
+        f"{STEPS}::test_the_order_turns_every_round_and_all_take_as_many_updates",
+    ),
+    slip(
+        "the judge",
+        "a precision set by the first update goes unseen",
+        "benchmarks.pair",
+        """        self.contract = self.ask("contract")["contract"]
+""",
+        "",
+        f"{STEPS}::test_what_cannot_be_compared_is_refused_in_one_line",
+    ),
+    slip(
+        "the judge",
+        "steps of unequal size are timed",
+        "benchmarks.pair",
+        '"dtype", "items", "unit")',
+        '"dtype", "unit")',
+        f"{STEPS}::test_what_cannot_be_compared_is_refused_in_one_line",
+    ),
+    slip(
+        "the judge",
+        "the clock stops before a step is finished",
+        "benchmarks.step_worker",
+        """        self.framework.wait(result)
+""",
+        "",
+        f"{STEPS}::test_so_many_updates_are_taken_and_the_last_is_waited_for",
+    ),
+    slip(
+        "the judge",
+        "modes on unequal threads start all the same",
+        "benchmarks.job",
+        """require_same(*sides, fields=("threads", "newton_schulz"), remedy=MAKE_ALIKE)""",
+        """require_same(*sides, fields=("newton_schulz",), remedy=MAKE_ALIKE)""",
+        f"{STEPS}::test_flags_and_environment_are_checked_before_anything_starts",
+    ),
+    slip(
+        "reports",
+        "the accuracy axis rounds its steps",
+        "harness.plot",
+        'f"{100 * share:.10g}%"',
+        'f"{share:.0%}"',
+        "tests/test_picture.py::test_the_accuracy_axis_reads_as_percent_with_the_digits_of_its_steps",
+    ),
+    slip(
+        "reports",
+        "few colours lose the red of what fails",
+        "parity_tests.compare.report",
+        "quantize(256, Image.Quantize.MAXCOVERAGE, ",
+        "quantize(48, ",
+        f"{PAGES}::test_the_picture_is_small_and_keeps_its_colours",
+    ),
+    slip(
+        "reports",
+        "half a character at the end is shown",
+        "harness.web",
+        """yield text.rstrip("\\ufffd")""",
+        "yield text",
+        "tests/test_web.py::test_half_a_character_is_not_shown_while_it_comes_nor_at_the_end",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
     *SHARED,
@@ -2132,4 +2202,5 @@ MUTANTS = (
     *ON_A_GPU,
     *TORCH,
     *LOOPS,
+    *TIMED,
 )
