@@ -250,7 +250,7 @@ def made_small(command: documented.Command, words: list[str]) -> list[str]:
 
 def run(words: list[str], folder: Path, reads: str = "", **variables: str) -> str:
     """What Python prints, run there; it must end with 0."""
-    flags = os.environ.get("XLA_FLAGS", "") + (" --xla_force_host_platform_device_count=8" if "--mesh" in words else "")
+    flags = os.environ.get("XLA_FLAGS", "") + (" --xla_force_host_platform_device_count=4" if "--mesh" in words else "")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder), "XLA_FLAGS": flags} | variables
     given = (folder / reads).read_text(encoding="utf-8") if reads else ""
     done = subprocess.run(
