@@ -72,7 +72,13 @@ def _card(title: str, model: ModelConfig, front: list[str], middle: list[str]) -
     """The parts of a card that every one has, around what is known of this one."""
     counts = param_counts(model)
     family = "Qwen3" if model.qk_norm else "Llama"
-    fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    fields: tuple[str, ...] = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     fields += ("head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings")
     fields += ("sliding_window",) if model.sliding_window is not None else ()
     lines = [
@@ -131,7 +137,8 @@ def _listed(texts: list[str]) -> list[str]:
 
 def _datasets(corpus: str) -> list[str]:
     """The data sets of the Hub that a corpus names."""
-    sources = [source for _, source in parse_mixture(corpus) or [(1.0, corpus)]]
+    mixture = parse_mixture(corpus)
+    sources = [corpus] if mixture is None else [term.corpus for term in mixture]
     names = ["/".join(source.removeprefix("hub:").split("/")[:2]) for source in sources if source.startswith("hub:")]
     return [name for name in dict.fromkeys(names) if HUB_NAME.fullmatch(name)]
 

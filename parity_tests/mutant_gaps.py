@@ -2182,6 +2182,69 @@ TIMED = (
     ),
 )
 
+CARD, INSTALL = "tests/test_model_card.py", "tests/test_install.py"
+
+DOORS = (
+    slip(
+        "reporting",
+        "a name of many backticks ends its code span",
+        "harness.model_card",
+        'fence = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)',
+        'fence = "`"',
+        f"{CARD}::test_no_name_is_markup",
+    ),
+    slip(
+        "reporting",
+        "a card says bits per token as bits per byte",
+        "harness.loop",
+        "bits_per_byte=lowest / math.log(2) / dataset.bytes_per_token,",
+        "bits_per_byte=lowest / math.log(2),",
+        f"{CARD}::test_a_run_gives_its_best_weights_a_card",
+    ),
+    slip(
+        "reporting",
+        "a loss that measures memory is called held out",
+        "harness.model_card",
+        "HELD_OUT[config.data.split]",
+        "HELD_OUT['documents']",
+        f"{CARD}::test_a_loss_that_measures_memory_is_called_so",
+    ),
+    slip(
+        "reporting",
+        "a folder here is said to be a model of the Hub",
+        "harness.model_card",
+        "HUB_NAME.fullmatch(name) and not Path(init).exists()",
+        "HUB_NAME.fullmatch(name)",
+        f"{CARD}::test_the_hub_is_told_data_sets_and_base_model",
+    ),
+    slip(
+        "durability",
+        "a card is not among the hashes",
+        "harness.folders",
+        '        if card:\n            (scratch / README).write_text(card, encoding="utf-8", newline="")\n'
+        "        if about is not None:\n            seal(scratch, MANIFEST, about, written)\n",
+        "        if about is not None:\n            seal(scratch, MANIFEST, about, written)\n"
+        '        if card:\n            (scratch / README).write_text(card, encoding="utf-8", newline="")\n',
+        f"{CARD}::test_the_card_is_hashed_and_an_older_folder_loads_without_one",
+    ),
+    slip(
+        "reporting",
+        "an export takes somebody else's card for ours",
+        "harness.commands.checkpoint",
+        "if README in (manifest_of(folder) or {}):",
+        "if (folder / README).is_file():",
+        f"{CARD}::test_an_export_has_the_card_of_what_it_was_made_of",
+    ),
+    slip(
+        "input",
+        "a lock holds what torch's CUDA build asks for",
+        "locks.write",
+        "if name != OURS and not OF_CUDA.match(name):",
+        "if name != OURS:",
+        f"{INSTALL}::test_a_lock_is_written_from_what_pip_reports",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
     *SHARED,
@@ -2203,4 +2266,5 @@ MUTANTS = (
     *TORCH,
     *LOOPS,
     *TIMED,
+    *DOORS,
 )

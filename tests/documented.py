@@ -44,9 +44,11 @@ SCRIPTS = PROJECT["project"].get("scripts", {})
 PYTHONS = ("python", "python3")
 LAUNCHERS = ("srun", "mpirun", "gcloud")
 """They start our programs on many machines; their own flags are not looked at."""
-OTHERS = ("hf", "xprof", "git", "cd", "bash", "tensorboard", "apt-get", "curl")
+OTHERS = ("hf", "xprof", "git", "cd", "bash", "tensorboard", "apt-get", "curl", "lm_eval")
 """Programs that are not ours and whose flags are not looked at."""
 PROGRAMS = (*PYTHONS, *LAUNCHERS, *OTHERS, "make", "pip", "pytest", *SCRIPTS)
+CLONES = ("llama.cpp/",)
+"""Folders of other people's programs."""
 UNSEEN = ("log.md", "mutants.md")
 """Documents of their day: what they say was true then."""
 
@@ -244,6 +246,8 @@ def _check(words: Sequence[str], names: bool = False) -> Iterator[str]:
         yield from _started_by(program, arguments)
     elif program in PYTHONS and arguments[:1] == ["-m"]:
         yield from _check_module(arguments[1], arguments[2:], names)
+    elif program in PYTHONS and arguments[0].startswith(CLONES):
+        return
     elif program in PYTHONS and not (ROOT / arguments[0]).is_file():
         yield f"there is no file {arguments[0]}"
     elif program in PYTHONS:
@@ -368,6 +372,8 @@ def _check_pip(arguments: list[str]) -> Iterator[str]:
     """By pip's own parser; the extras are pyproject.toml's."""
     from pip._internal.commands import create_command
 
+    while arguments[0].startswith("-"):
+        arguments = arguments[1:]
     err = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(err):

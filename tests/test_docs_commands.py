@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.folders import save_folder
-from harness.state import SLOTS, TrainingState, save_state
+from harness.state import SLOTS, TrainingState, save_state, state_folders
 from recipe.config import ModelConfig, RunConfig
 from recipe.params import init_params, slot_shapes
 from recipe.presets import get_preset
@@ -159,7 +159,7 @@ def test_a_line_is_read_as_by_a_shell():
 
 OVERRIDES = json.dumps({"model": {**SMALL, "vocab_size": 384}})
 SMALL_MODEL = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
-UPDATES = "--steps 2 --accumulation 1 --batch_size 2 --sequence_length 16 --eval_every 2 --save_every 2 --log_every 1"
+UPDATES = "--steps 2 --accumulation 1 --batch_size 2 --sequence_length 16 --eval_every 2 --save_every 1 --log_every 1"
 UPDATES = [*UPDATES.split(), "--sample_tokens", "2"]
 TEXT = "--data.max_characters 3000 --data.max_tokens 3000 --data.validation_tokens 64 --data.bpe_vocab_size 384".split()
 ONE_ROUND = f"--rounds 1 --warmup 1 --threads 1 --overrides '{OVERRIDES}'"
@@ -267,6 +267,14 @@ def run(words: list[str], folder: Path, reads: str = "", **variables: str) -> st
     return done.stdout
 
 
+def stop(run_folder: Path) -> None:
+    """Make of a finished run one that was stopped before its last save."""
+    states = state_folders(run_folder)
+    if len(states) > 1:
+        shutil.rmtree(states[0])
+        states[1].rename(run_folder / "last")
+
+
 @pytest.fixture(scope="module")
 def trained(furnished, tmp_path_factory) -> Path:
     """The same folder with runs that have been trained, a while, and texts and results to look at."""
@@ -276,6 +284,7 @@ def trained(furnished, tmp_path_factory) -> Path:
         shutil.rmtree(folder / name)
         flags = [*UPDATES, *SMALL_MODEL, *TEXT, "--data.tokenizer", "bpe", "--steps", "4", "--out", name]
         run([str(ROOT / entry), *flags], folder)
+        stop(folder / name)
     for place in ("notes", "texts"):
         shutil.copytree(ROOT / "docs", folder / place, ignore=shutil.ignore_patterns("*.png"))
     lines = [json.dumps({"text": text}) for text in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")]
@@ -303,5 +312,7 @@ def test_every_command_runs(place, trained, tmp_path):
             with contextlib.chdir(folder):
                 for taken in taken_places(words):
                     shutil.rmtree(taken)
+                if "--resume" in words:
+                    stop(Path(words[words.index("--resume") + 1]))
             variables = {name: value for name, value in one.variables.items() if name != "XLA_FLAGS"}
             run(made_small(command, words), folder, one.reads, **variables)
