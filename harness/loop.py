@@ -255,7 +255,7 @@ class _Run:
         except (KeyboardInterrupt, Terminated):
             if self.interruption.signal is None:
                 raise
-            if self.peers.is_chief and self.position < self.config.steps:
+            if self.peers.is_chief and not self.interruption.hurries and self.position < self.config.steps:
                 self._draw_so_far()
             self.interruption.leave()
 

@@ -98,13 +98,17 @@ def test_the_end_says_what_it_came_to_and_two_commands(config, tmp_path, monkeyp
     assert (again.steps, again.batch_size, again.model.hidden_size) == (12, 2, 6)
 
 
-def interrupted(config: RunConfig, monkeypatch, *, at: int) -> tuple[int, Path]:
-    """A run that gets SIGTERM in an update, with a real picture; its exit code and that picture's place."""
+def interrupted(config: RunConfig, monkeypatch, *, at: int, signals: int = 1) -> tuple[int, Path]:
+    """A run that gets so many SIGTERM in an update, with a real picture; its exit code and that picture's place."""
     monkeypatch.setattr(loop, "plot_runs", plot_runs)
+
+    def before_step(position: int) -> None:
+        for _ in range(signals if position == at else 0):
+            signal.raise_signal(signal.SIGTERM)
 
     def make_trainer(*args):
         trainer = Toy(*args)
-        trainer.before_step = lambda position: position == at and signal.raise_signal(signal.SIGTERM)
+        trainer.before_step = before_step
         return trainer
 
     code = cli.run(lambda: loop.run(config, framework="toy", make_trainer=make_trainer) and None)
@@ -123,6 +127,11 @@ def test_an_interrupted_run_leaves_the_picture_so_far_and_its_end_another(config
     monkeypatch.setattr(loop, "plot_runs", lambda folders, path, baselines: path.write_bytes(b"end"))
     train(resumed(config), lambda position: seen.append(picture.exists()))
     assert set(seen) == {False} and picture.read_bytes() == b"end"
+
+
+def test_a_second_signal_draws_nothing(config, monkeypatch, capsys):
+    code, picture = interrupted(config, monkeypatch, at=5, signals=2)
+    assert code == 143 and not picture.exists() and "go on with: " in capsys.readouterr().err
 
 
 def test_nothing_is_drawn_before_there_is_an_update_nor_does_a_picture_cost_the_line(config, monkeypatch, capsys):
