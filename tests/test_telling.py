@@ -99,8 +99,9 @@ def test_the_end_says_what_it_came_to_and_two_commands(config, tmp_path, monkeyp
 
 
 def interrupted(config: RunConfig, monkeypatch, *, at: int, signals: int = 1) -> tuple[int, Path]:
-    """A run that gets so many SIGTERM in an update, with a real picture; its exit code and that picture's place."""
-    monkeypatch.setattr(loop, "plot_runs", plot_runs)
+    """A run that gets so many SIGTERM in an update, with a real picture of one; its exit code and that one's place."""
+    if signals == 1:
+        monkeypatch.setattr(loop, "plot_runs", plot_runs)
 
     def before_step(position: int) -> None:
         for _ in range(signals if position == at else 0):
