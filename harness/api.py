@@ -33,7 +33,7 @@ def configuration(framework: str, preset: str, changes: Mapping[str, Any]) -> Ru
     """What `make_config` of a framework returns: the run to resume, or the preset and the weights to begin with, and
     the changes over it."""
     start = {name: str(changes.get(name, "")) for name in ("resume", "init")}
-    config, _ = begun_from(framework, preset=preset, **start)
+    config, _ = begun_from(framework, preset=preset, resume=start["resume"], init=start["init"])
     asked = {name: value for name, value in changes.items() if name not in start}
     config = changed(config, asked | ({"preset": preset} if preset else {}))
     # The name of weights may have been made more exact than what was asked for.
