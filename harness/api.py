@@ -88,8 +88,10 @@ class LanguageModel:
         folder's generation_config.json says. The same seed gives the same text in both frameworks.
         """
         options = self.options(**settings)
-        texts = [""] * (1 if isinstance(prompts, str) else len(prompts)) * options.samples
         given = [prompts] if isinstance(prompts, str) else prompts
+        strange = [prompt for prompt in given if not isinstance(prompt, str)]
+        require(not strange, f"the prompt {short(repr(strange[:1]))} is no text; `stream` also takes token ids.")
+        texts = [""] * len(given) * options.samples
         for row, piece in self.pieces([self.tokens(prompt) for prompt in given], options):
             texts[row] += piece
         return texts[0] if isinstance(prompts, str) and options.samples == 1 else texts

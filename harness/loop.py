@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from harness.cli import called_as
 from harness.divergence import (
     Diagnosis,
     LossWatch,
@@ -179,7 +180,8 @@ class _Run:
         self.several = peers.count > 1
         self.together = Together(peers, interruption, self._remedy)
         self.folder = Path(config.out)
-        self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
+        command = called_as(f"python train_{framework}.py")
+        self.resume_command = f"{command} --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
         self.position, self.best = 0, math.inf
         self.rollbacks: tuple[Rollback, ...] = ()
         self.begun = False

@@ -65,7 +65,7 @@ def run_command(module: str, make_generator: Callable[..., Generator]) -> int:
             GenerateCommand,
             argv,
             default=default,
-            prog=f"python -m {module}",
+            prog=cli.called_as(f"python -m {module}"),
             description=f"Generate text from a checkpoint.{source}",
         )
         return generate_text(command, make_generator)

@@ -11,9 +11,13 @@ from recipe.presets import PRESETS
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
-def run_command(module: str, train: Callable[[RunConfig], None], *, framework: str) -> int:
+def run_command(module: str, train: Callable[[RunConfig], object], *, framework: str) -> int:
     """`python -m MODULE`, which trains like train_jax.py or train_torch.py: returns the exit code."""
-    return run(lambda: train(parse_run_config(sys.argv[1:], framework=framework, prog=f"python -m {module}")))
+
+    def main() -> None:
+        train(parse_run_config(sys.argv[1:], framework=framework, prog=f"python -m {module}"))
+
+    return run(main)
 
 
 def parse_run_config(argv: Sequence[str], *, framework: str, prog: str = "") -> RunConfig:
