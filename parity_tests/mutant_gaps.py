@@ -2110,8 +2110,60 @@ STATES_OF_A_MESH = (
     ),
 )
 
+PYTHON = (
+    slip(
+        "reporting",
+        "a result's throughput counts every update alike",
+        "harness.result",
+        "sum(tok_s * dt_ms for tok_s, dt_ms in timed) / milliseconds if milliseconds",
+        "sum(tok_s for tok_s, _ in timed) / len(timed) if milliseconds",
+        "tests/test_api.py::test_a_result_is_read_from_the_log",
+    ),
+    slip(
+        "reporting",
+        "the loss of a text is that of its first tokens, not of the next",
+        "harness.api",
+        "np.array(tokens[1:])",
+        "np.array(tokens[:-1])",
+        "tests/test_api.py::test_logits_and_loss_are_of_the_prompts_tokens",
+    ),
+    slip(
+        "reporting",
+        "a folder's own sampling is forgotten where one setting is given",
+        "harness.api",
+        "dataclasses.replace(self.defaults, **settings)",
+        "SamplingOptions(stop_ids=self.defaults.stop_ids, **settings)",
+        "tests/test_api.py::test_a_model_samples_as_its_folder_says_unless_told",
+    ),
+    slip(
+        "reporting",
+        "logits of a padded prompt are those of the padding",
+        "recipe.sampling",
+        "self.forward(tokens_PT)[0, : len(tokens)]",
+        "self.forward(tokens_PT)[0, -len(tokens) :]",
+        "tests/test_api.py::test_logits_and_loss_are_of_the_prompts_tokens",
+    ),
+    slip(
+        "stopping",
+        "a program that trains is ended like a command",
+        "harness.interruption",
+        "if self._ends:",
+        "if True:",
+        "tests/test_api.py::test_only_a_command_ends_the_process_when_its_main_thread_hears_nothing",
+    ),
+    slip(
+        "reporting",
+        "fields of a section that are not named fall back to their defaults",
+        "recipe.presets",
+        "value = _changed(old, value,",
+        "value = _changed(type(old)(), value,",
+        "tests/test_presets.py::test_changes_reach_their_fields_and_leave_the_others",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
+    *PYTHON,
     *SHARED,
     *DATA_SLIPS,
     *STREAMED,
