@@ -8,36 +8,67 @@ import itertools
 import sys
 from pathlib import Path
 
+from harness.config_file import ConfigFile
 from harness.folders import load_config
 from harness.preflight import begun_with, is_begun, is_taken
 from harness.state import find_state, read_run, state_folders
 from recipe.config import HostsConfig, RunConfig, UserError, require, to_dict
+from recipe.hub import pinned, weights_folder
 from recipe.lock import locked
 from recipe.presets import get_preset
 from recipe.reading import flat, short
 
 FREE_ON_RESUME = (
-    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "keep", "data.cache_dir"),
+    *(
+        "log_every",
+        "eval_every",
+        "save_every",
+        "prompts",
+        "sample_tokens",
+        "tensorboard",
+        "track",
+        "keep",
+        "data.cache_dir",
+    ),
     *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
     *("mesh", "gather", "scan_layers", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
 )
 """Fields that a resumed run may change: none of them moves a weight, but for those of a run that diverges."""
 
 
-def begun_from(framework: str, *, preset: str = "", resume: str = "", init: str = "") -> RunConfig:
-    """The configuration that changes are made to: that of the run to resume, else the preset's (tiny if none is named)
-    with the model of the weights to begin with.
+def begun_from(
+    framework: str, *, preset: str = "", resume: str = "", init: str = "", file: ConfigFile | None = None
+) -> tuple[RunConfig, str]:
+    """The configuration that changes are made to, and whose values those are, in words.
 
-    `framework` is "jax" or "torch". Raises `UserError` for a preset, run or folder that is none.
+    It is that of the run to resume; else the preset's (tiny if none is named) with the model of the weights to begin
+    with. A file's fields come over that, but before weights that it does not name itself: it was not written for them.
+    `framework` is "jax" or "torch". Raises `UserError` for a preset, run, file or folder that is none.
     """
     if resume:
-        config = _resumed_config(resume)
+        begun = config = _resumed_config(resume)
         if framework != "jax" and config.mesh:
             print(f"note: the run had the devices {config.mesh}; it goes on with one", file=sys.stderr)
             config = dataclasses.replace(config, mesh="")
-        return config
-    config = get_preset(preset or "tiny")
-    return _fine_tuning_config(config, init) if init else config
+        if file is not None:
+            config = _as_begun(file.over(config), begun)
+        return config, f"of the run in {resume}{f' and of {file.path}' if file else ''}"
+    require(
+        not (preset and file and file.is_run),
+        f"--preset {preset} would change nothing, as a run.json has every field; leave it or --config out.",
+    )
+    config = get_preset(preset or (file.preset if file else "") or "tiny")
+    source = f"those of --preset {config.preset}"
+    first = "" if init or file is None else file.init
+    if first:
+        config, source = _fine_tuning_config(config, first), f"{source} and of the weights in {first}"
+        first = config.init
+    if file is not None:
+        config, source = file.over(config), f"{source} and of {file.path}"
+        config = dataclasses.replace(config, init=first)
+    if init:
+        config, source = _fine_tuning_config(config, init), f"{source} and of the weights in {init}"
+    return config, source
 
 
 def ready(config: RunConfig, framework: str) -> RunConfig:
@@ -48,7 +79,9 @@ def ready(config: RunConfig, framework: str) -> RunConfig:
     """
     _check_devices(config, framework)
     if config.resume:
-        _check_same_run(config, _resumed_config(config.resume))
+        begun = _resumed_config(config.resume)
+        config = _as_begun(config, begun)
+        _check_same_run(config, begun)
         return config
     return dataclasses.replace(config, out=str(_run_folder(config, framework)))
 
@@ -74,6 +107,12 @@ def _resumed_config(run: str) -> RunConfig:
     return dataclasses.replace(config, out=run, resume=run, hosts=HostsConfig())
 
 
+def _as_begun(config: RunConfig, begun: RunConfig) -> RunConfig:
+    """The configuration with the Hub's weights that the run began with named as the run has them, with their commit."""
+    same = begun.init.partition("@")[0] == config.init
+    return dataclasses.replace(config, init=begun.init) if same else config
+
+
 def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
     """Raise `UserError` naming every field that would make another run of the one to go on with."""
     old, new = flat(to_dict(begun)), flat(to_dict(config))
@@ -90,12 +129,17 @@ def _check_same_run(config: RunConfig, begun: RunConfig) -> None:
 
 
 def _fine_tuning_config(preset: RunConfig, init: str) -> RunConfig:
-    """The preset with the model of the weights to begin with, and their tokenizer if they bring one."""
-    model = dataclasses.replace(load_config(Path(init)), dropout=preset.model.dropout)
-    brings = (Path(init) / "tokenizer.json").is_file()
-    data = dataclasses.replace(preset.data, tokenizer=init if brings else preset.data.tokenizer)
+    """The preset with the model of the weights to begin with, and their tokenizer if they bring one.
+
+    A name on the Hub is recorded with the commit that was taken.
+    """
+    folder = weights_folder(init)
+    model = dataclasses.replace(load_config(folder), dropout=preset.model.dropout)
+    source = pinned(init, folder)
+    brings = (folder / "tokenizer.json").is_file()
+    data = dataclasses.replace(preset.data, tokenizer=source if brings else preset.data.tokenizer)
     length = min(preset.sequence_length, model.max_position_embeddings)
-    return dataclasses.replace(preset, model=model, data=data, sequence_length=length)
+    return dataclasses.replace(preset, init=source, model=model, data=data, sequence_length=length)
 
 
 def _run_folder(config: RunConfig, framework: str) -> Path:

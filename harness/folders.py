@@ -27,6 +27,7 @@ from harness.tensors import (
 )
 from recipe.config import Dtype, ModelConfig, UserError, require
 from recipe.durable import make_folder, sync, sync_below
+from recipe.hub import weights_folder
 from recipe.params import check_weights, expected_shapes, shape_problems, shapes_of
 from recipe.reading import read_json, short, some, take
 
@@ -153,8 +154,8 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights folder meant by `path`: itself, or the best weights of a run folder, or its last ones."""
-    folder = Path(path)
+    """The weights folder meant by `path`: itself, the best weights of a run folder or its last ones, or the Hub's."""
+    folder = weights_folder(path)
     require(folder.is_dir(), f"{path} is not a folder; name a run folder or a Hugging Face weights folder.")
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / "config.json").is_file():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from recipe.config import DataConfig, UserError, require
+from recipe.hub import quiet, reach
 from recipe.reading import kind_of, parse_json, short, some
 
 PLAYS = 38
@@ -448,10 +449,13 @@ def read_hub(source: str, field: str, offset: int = 0) -> Iterator[Found]:
     records: Iterator | None = None
     while True:
         try:
-            if records is None:
-                stream = datasets.load_dataset(name, subset, split="train", streaming=True)
-                records = iter(stream.skip(offset) if offset else stream)
-            record = next(records, None)
+            with quiet():
+                if records is None:
+                    if not local:
+                        reach(name, "dataset")
+                    stream = datasets.load_dataset(name, subset, split="train", streaming=True)
+                    records = iter(stream.skip(offset) if offset else stream)
+                record = next(records, None)
         except Exception as error:  # `datasets` and the readers behind it raise what they like
             raise UserError(f"data.corpus={shown} cannot be read ({_reason(error)}); {instead}.") from None
         if record is None:

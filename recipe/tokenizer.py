@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from recipe.config import UserError, require
+from recipe.hub import NotHad, tokenizer_folder
 from recipe.reading import LARGEST_JSON, parse_json, read_json, short, take
 from recipe.tokenizer_settings import END_OF_TEXT, add_tokens, encodable, read_settings, refuse_settings, special_tokens
 
@@ -133,22 +134,20 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     path = Path(source)
     file = path / "tokenizer.json" if path.is_dir() else path
-    folder = None
-    if file.is_file():
-        folder = file.parent
-        _check_prefix(file)
-        try:
-            rust = RustTokenizer.from_file(str(file))
-        except BaseException as error:  # the library raises bare Exception, and its panics are not even that
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            reason = short(str(error))
-            raise UserError(f"{file} is not a tokenizer.json ({reason}); name one written by tokenizers.") from None
-    else:
+    if not file.is_file():
         require(not path.exists(), f"{source} holds no tokenizer.json; name a folder that does, or the file itself.")
-        rust = _from_hub(str(source))
+        file = _from_hub(str(source)) / "tokenizer.json"
+    folder = file.parent
+    _check_prefix(file)
+    try:
+        rust = RustTokenizer.from_file(str(file))
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = short(str(error))
+        raise UserError(f"{file} is not a tokenizer.json ({reason}); name one written by tokenizers.") from None
     settings = read_settings(folder)
-    where = str(source if folder is None else folder)
+    where = str(folder)
     refuse_settings(settings, rust, where)
     add_tokens(rust, settings, where)
     rust.encode_special_tokens = take(settings, "split_special_tokens", bool, where, False)
@@ -188,24 +187,23 @@ def _check_prefix(file: Path) -> None:
     )
 
 
-def _from_hub(name: str) -> RustTokenizer:
+def _from_hub(name: str) -> Path:
+    """The folder of a tokenizer on the Hub."""
     try:
-        return RustTokenizer.from_pretrained(name)
-    except Exception as error:  # offline, unknown, private: the library raises bare Exception
-        reason = " ".join(str(error).split())[:200]
+        return tokenizer_folder(name)
+    except NotHad as reason:
         raise UserError(
-            f"tokenizer {name} is neither a file nor reachable on the Hugging Face Hub ({reason}); "
+            f"tokenizer {short(name, 300)} is neither a file nor reachable on the Hugging Face Hub ({reason}); "
             "pass --data.tokenizer bpe, or the path of a tokenizer.json."
         ) from None
 
 
-def _companions(folder: Path | None) -> dict[str, str]:
+def _companions(folder: Path) -> dict[str, str]:
     """The files of TRAVEL that a folder holds."""
     found: dict[str, str] = {}
-    files = [] if folder is None else [folder / name for name in TRAVEL] + more_templates(folder)
-    for file in files:
+    for file in [folder / name for name in TRAVEL] + more_templates(folder):
         if file.is_file():
-            found[str(file.relative_to(cast(Path, folder)))] = utf8_text(file)
+            found[str(file.relative_to(folder))] = utf8_text(file)
     return found
 
 

@@ -129,6 +129,7 @@ def test_whatever_datasets_raises_is_one_line(monkeypatch, failure, late):
         raise failure
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("recipe.corpus.reach", lambda name, kind: None)
     message = complaint("hub:someone/something")
     assert "hub:someone/something cannot be read (" in message and "pass --data.corpus shakespeare" in message
     said = " ".join(str(failure).split()) or type(failure).__name__
@@ -147,6 +148,7 @@ def test_hub_means_neither_this_folder_nor_all_of_them(tmp_path, monkeypatch, so
 def test_hub_records_are_read_like_lines(monkeypatch, null):
     records = [{"text": "a\ud800b"}, {"text": None} if null else {"text": "x"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: records)
+    monkeypatch.setattr("recipe.corpus.reach", lambda name, kind: None)
     assert texts("hub:someone/something") == ["a\ufffdb"] + ["x"] * (not null)
 
 

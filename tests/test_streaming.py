@@ -143,6 +143,7 @@ def hub(monkeypatch) -> Records:
     """The records of every dataset on the Hub, and of every folder that is read like one."""
     records = Records({"text": text} for text in [*some_texts(60), None, "end"])
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *args, **kwargs: records))
+    monkeypatch.setattr("recipe.corpus.reach", lambda name, kind: None)
     return records
 
 

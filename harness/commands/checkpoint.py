@@ -20,6 +20,7 @@ from harness.manifest import MANIFEST, RUN, check_files, seal
 from harness.state import ARRAYS, TrainingState, load_state, read_run, state_folders
 from harness.tensors import Damaged
 from recipe.config import Dtype, ModelConfig, UserError, require
+from recipe.hub import weights_folder
 from recipe.params import param_counts
 from recipe.reading import read_json, short, some, take
 
@@ -29,7 +30,7 @@ class InspectCommand:
     """Say what a folder holds."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Weights folder, training state, or run folder."""
+    """Weights folder, training state, run folder, or OWNER/NAME on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ExportCommand:
     """Write weights in another dtype."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Weights folder, or run folder (its best weights are taken)."""
+    """Weights folder, run folder (its best weights are taken), or OWNER/NAME on the Hub."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; it must not exist."""
     dtype: Dtype = "bfloat16"
@@ -140,7 +141,7 @@ def main() -> None:
         export(find_weights(command.folder), Path(command.out), command.dtype)
         print(command.out)
         return
-    folder = Path(command.folder)
+    folder = weights_folder(command.folder)
     parts = [folder / "best", *state_folders(folder)]
     inside = [part for part in parts if _is_ours(part)]
     damaged = []
