@@ -13,6 +13,7 @@ import numpy as np
 
 from harness import generation_config
 from harness.chat import ChatTemplate
+from harness.config_file import read_config_file
 from harness.configure import begun_from
 from harness.folders import find_weights, load_config, load_folder, steadily
 from harness.text import text_pieces
@@ -29,15 +30,14 @@ SETTINGS = [field.name for field in dataclasses.fields(SamplingOptions) if field
 """Keyword arguments of `LanguageModel.generate` and its like; which tokens end a text is the tokenizer's to say."""
 
 
-def configuration(framework: str, preset: str, changes: Mapping[str, Any]) -> RunConfig:
-    """What `make_config` of a framework returns: the run to resume, or the preset and the weights to begin with, and
-    the changes over it."""
+def configuration(framework: str, preset: str, file: str, changes: Mapping[str, Any]) -> RunConfig:
+    """What `make_config` of a framework returns: the run to resume, or the preset, the file's fields and the weights to
+    begin with, and the changes over all."""
     start = {name: str(changes.get(name, "")) for name in ("resume", "init")}
-    config, _ = begun_from(framework, preset=preset, resume=start["resume"], init=start["init"])
+    read = read_config_file(file) if file else None
+    config, _ = begun_from(framework, preset=preset, file=read, **start)
     asked = {name: value for name, value in changes.items() if name not in start}
-    config = changed(config, asked | ({"preset": preset} if preset else {}))
-    # The name of weights may have been made more exact than what was asked for.
-    return config if config.init or start["resume"] else dataclasses.replace(config, init=start["init"])
+    return changed(config, asked | ({"preset": preset} if preset else {}))
 
 
 class LanguageModel:

@@ -17,7 +17,7 @@ from harness.configure import ready
 from harness.failures import RunFailed, exit_code
 from harness.folders import save_folder
 from harness.result import read_result
-from recipe.config import ModelConfig, RunConfig, UserError
+from recipe.config import ModelConfig, RunConfig, UserError, to_dict
 from recipe.params import init_params, param_counts
 from recipe.presets import seed, tiny
 from recipe.sampling import Generator, SamplingOptions
@@ -65,9 +65,9 @@ def opened(folder: Path, dtype: str = "float32") -> tuple[LanguageModel, list[tu
 
 
 def test_a_configuration_is_a_preset_and_the_changes_to_it():
-    assert configuration("jax", "", {}) == tiny()
-    assert configuration("torch", "seed", {"steps": 3}) == dataclasses.replace(seed(), steps=3)
-    given = configuration("jax", "", {"model": {"dropout": 0.5}, "prompts": ["a"], "out": "x"})
+    assert configuration("jax", "", "", {}) == tiny()
+    assert configuration("torch", "seed", "", {"steps": 3}) == dataclasses.replace(seed(), steps=3)
+    given = configuration("jax", "", "", {"model": {"dropout": 0.5}, "prompts": ["a"], "out": "x"})
     assert (given.model.dropout, given.prompts, given.out) == (0.5, ("a",), "x")
     for preset, changes, line in (
         ("tinny", {}, "did you mean tiny?"),
@@ -76,12 +76,25 @@ def test_a_configuration_is_a_preset_and_the_changes_to_it():
         ("", {"resume": "nowhere"}, "nowhere"),
     ):
         with pytest.raises(UserError, match=line.replace("?", r"\?")):
-            configuration("jax", preset, changes)
+            configuration("jax", preset, "", changes)
+
+
+def test_a_file_stands_between_the_preset_and_the_arguments(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 7\nbatch_size = 3\n[model]\ndropout = 0.25\n")
+    given = configuration("jax", "seed", str(file), {"batch_size": 5})
+    model = dataclasses.replace(seed().model, dropout=0.25)
+    assert given == dataclasses.replace(seed(), steps=7, batch_size=5, model=model)
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(dataclasses.replace(given, out="x"))}))
+    assert configuration("torch", "", str(tmp_path), {"steps": 8}) == dataclasses.replace(given, steps=8)
+    file.write_text("stpes = 7\n")
+    with pytest.raises(UserError, match=r"mine\.toml: stpes is no field of a configuration; did you mean steps\?"):
+        configuration("jax", "", str(file), {})
 
 
 def test_a_configuration_begins_with_the_weights_it_names(folder):
     best = str(folder / "best")
-    given = configuration("jax", "", {"init": best, "sequence_length": 8})
+    given = configuration("jax", "", "", {"init": best, "sequence_length": 8})
     assert given.model == dataclasses.replace(MODEL, dropout=tiny().model.dropout)
     assert (given.init, given.data.tokenizer, given.sequence_length) == (best, best, 8)
 
