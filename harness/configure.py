@@ -19,7 +19,17 @@ from recipe.presets import get_preset
 from recipe.reading import flat, short
 
 FREE_ON_RESUME = (
-    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "keep", "data.cache_dir"),
+    *(
+        "log_every",
+        "eval_every",
+        "save_every",
+        "prompts",
+        "sample_tokens",
+        "tensorboard",
+        "track",
+        "keep",
+        "data.cache_dir",
+    ),
     *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
     *("mesh", "gather", "scan_layers", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
 )

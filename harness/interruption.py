@@ -120,6 +120,11 @@ class Interruption:
         with _WATCH.lock:
             self.signal = number
 
+    @property
+    def hurries(self) -> bool:
+        """Whether a signal acts at once by now, so that nothing more is to be begun."""
+        return self._acting is not None
+
     def leave(self) -> NoReturn:
         """End the run in good order, as the signal asks: KeyboardInterrupt or `Terminated`, its text the last line."""
         raise self._exception()

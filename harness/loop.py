@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from harness.cli import called_as
 from harness.divergence import (
     Diagnosis,
     LossWatch,
@@ -40,10 +41,9 @@ from harness.preflight import (
     check_place,
     check_prompts,
     check_room,
-    disk_need,
     is_begun,
 )
-from harness.records import lacks_validation
+from harness.records import lacks_validation, readable_records
 from harness.result import RunResult, read_result
 from harness.resuming import last_good, mend_best, newest_sound, text_again
 from harness.runlog import RunLog, SilentLog, check_tensorboard
@@ -63,19 +63,22 @@ from harness.state import (
     state_folders,
 )
 from harness.surroundings import config_differences, differences
+from harness.telling import conclude, describe, describe_data
 from harness.together import Together
+from harness.trackers import check_tracker
 from recipe.baselines import ngram_baselines
 from recipe.config import PROFILE_AFTER, HostsConfig, RunConfig, UserError, require, to_dict
 from recipe.data import Dataset, prepare
 from recipe.durable import make_folder, write_whole
 from recipe.hub import weights_folder
 from recipe.lock import locked
-from recipe.params import init_params, param_counts
+from recipe.params import init_params
 from recipe.reading import flat, short
 from recipe.sampling import SamplingOptions
 
 # Plain lines and bars show a record at least this often, however long a step takes.
 SECONDS_BETWEEN_RECORDS = 1.0
+PICTURE = "loss.png"
 
 
 class Trainer(Protocol):
@@ -116,24 +119,6 @@ class Trainer(Protocol):
         """Trace the updates made inside into the folder."""
 
 
-def describe(config: RunConfig, environment: Mapping) -> list[str]:
-    """The lines a run begins with: configuration, parameter counts, device, precision, folder."""
-    counts = param_counts(config.model)
-    parts = {name: value for name, value in to_dict(config).items() if isinstance(value, dict)}
-    flat = {name: value for name, value in to_dict(config).items() if name not in parts}
-    lines = ["run        " + ", ".join(f"{name}={value}" for name, value in flat.items())]
-    lines += [f"{part:<10} " + ", ".join(f"{name}={value}" for name, value in parts[part].items()) for part in parts]
-    lines.append(f"parameters {counts.total:,} ({counts.muon:,} under Muon, {counts.adamw:,} under AdamW)")
-    elsewhere = ("machine", "attention", "why_not_fused", "not_divided")
-    shown = {name: value for name, value in environment.items() if name not in elsewhere}
-    lines.append("device     " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-    if config.precision.attention == "fused" and environment.get("attention") == "explicit":
-        lines.append(f"attention  explicit in training, although fused is asked for: {environment['why_not_fused']}")
-    lines += [f"mesh       {note}" for note in environment.get("not_divided", [])]
-    lines.append(f"folder     {config.out}")
-    return [short(line, len(line)) for line in lines]  # a path may hold what a terminal cannot show
-
-
 def fit_vocabulary(config: RunConfig, tokenizer_size: int) -> RunConfig:
     """The configuration with room for the tokenizer: rows rounded up to a multiple of 128, never fewer than asked."""
     rows = max(config.model.vocab_size, math.ceil(tokenizer_size / 128) * 128)
@@ -155,6 +140,8 @@ def run(config: RunConfig, *, framework: str, make_trainer, peers: Peers = ALONE
     to_hf_config(config.model)  # What cannot be saved must fail before it is trained.
     if config.tensorboard:
         check_tensorboard()
+    if config.track:
+        check_tracker(config.track)
     with Interruption(ends_process=False) as interruption, contextlib.ExitStack() as alone:
         return _Run(config, framework, make_trainer, interruption, alone, peers).run()
 
@@ -182,7 +169,9 @@ class _Run:
         self.several = peers.count > 1
         self.together = Together(peers, interruption, self._remedy)
         self.folder = Path(config.out)
-        self.resume_command = f"python train_{framework}.py --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
+        command = called_as(f"python train_{framework}.py")
+        self.resume_command = f"{command} --resume {shlex.quote(config.out)}{_flags(config.hosts)}"
+        self.began = time.perf_counter()
         self.position, self.best = 0, math.inf
         self.rollbacks: tuple[Rollback, ...] = ()
         self.begun = False
@@ -223,15 +212,14 @@ class _Run:
                 self._fail("no validation loss was finite")
             with interruption.at_once():
                 self.log.header(self._samples())
-                picture = folder / "loss.png"
                 if chief:
-                    plot_runs([folder], picture, baselines=baselines)
+                    plot_runs([folder], folder / PICTURE, baselines=baselines)
                 self.peers.part()
+        result = read_result(folder)
         if chief:
-            print(f"validation {self.best:.4f} nats per token at best (interpolated bigram {baselines['bigram']:.4f})")
-            kept = [str(folder / name) for name in ("best", "last", SHARDED) if (folder / name).exists()]
-            print(f"weights    {short(' and '.join(kept), 2000)}; picture {short(str(picture), 1000)}")
-        return read_result(folder)
+            lines = conclude(result, self.framework, baselines, time.perf_counter() - self.began)
+            print("\n".join(short(line, len(line)) for line in lines))
+        return result
 
     def _open_log(self) -> RunLog | SilentLog:
         """The chief's log, whose records the others read with it."""
@@ -239,14 +227,15 @@ class _Run:
         if not self.peers.is_chief:
             return SilentLog(self.folder, at)
         about: dict[str, Any] = dict(framework=self.framework, environment=self.trainer.environment)
+        if at is not None:
+            (self.folder / PICTURE).unlink(missing_ok=True)  # of when it was interrupted; a finished run has its own
         return RunLog(self.folder, self.config, **about, resume_at=at, again=self.begun and at is None)
 
     def _introduce(self, baselines: dict[str, float]) -> None:
         """The lines that a run begins or goes on with."""
         log = self.log
         log.header(describe(self.config, self.trainer.environment))
-        log.header(_describe_data(self.config, self.dataset))
-        log.header([f"disk       {disk_need(self.config)}"])
+        log.header(describe_data(self.config, self.dataset))
         if self.state is not None:
             log.header(self._describe_resumed(self.state))
             self._log_lost_rollback()
@@ -259,13 +248,26 @@ class _Run:
 
     @contextlib.contextmanager
     def _last_word(self) -> Iterator[None]:
-        """End a run that a signal ends with a line that is true: a state may have been written meanwhile."""
+        """End a run that a signal ends with a line that is true: a state may have been written meanwhile.
+
+        By then all is written, so there is time for the picture so far; another signal ends that, too.
+        """
         try:
             yield
         except (KeyboardInterrupt, Terminated):
             if self.interruption.signal is None:
                 raise
+            if self.peers.is_chief and not self.interruption.hurries and self.position < self.config.steps:
+                self._draw_so_far()
             self.interruption.leave()
+
+    def _draw_so_far(self) -> None:
+        """The picture of a run that is interrupted, if it has an update to show; nothing that fails here is told."""
+        picture = self.folder / PICTURE
+        with contextlib.suppress(Exception):
+            if any(record["kind"] == "train" for record in readable_records(self.folder)):
+                plot_runs([self.folder], picture, baselines=None)
+                print(f"picture    {short(str(picture), 1000)}, so far", flush=True)
 
     def _go_on_with(self) -> str:
         """How to go on with a run that has a state."""
@@ -674,17 +676,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _batch_shape(config: RunConfig) -> dict[str, Any]:
     return dict(accumulation=config.accumulation, batch_size=config.batch_size, sequence_length=config.sequence_length)
-
-
-def _describe_data(config: RunConfig, dataset: Dataset) -> list[str]:
-    tokens = len(dataset.train_tokens)
-    said = dataset.describe(config.sequence_length)
-    epochs = dataset.epochs(config.steps * config.accumulation * config.batch_size, config.sequence_length)
-    return [f"corpus     {said}"] * bool(said) + [
-        f"text       {tokens:,} training tokens ({epochs:.2f} epochs), "
-        f"{len(dataset.validation_tokens):,} held out, vocabulary {dataset.tokenizer.vocab_size:,}, "
-        f"split {config.data.split}"
-    ]
 
 
 def _traced(steps: Iterable[int], config: RunConfig, trainer: Trainer) -> Iterator[int]:

@@ -23,7 +23,7 @@ from recipe.reading import flat, read_json, short, some, take
 
 LEFT = re.compile(
     r"\.?(run\.json|(metrics|undone)(-damaged-\d+)?\.jsonl|divergence-\d+\.json)(\.new)?"
-    r"|\.(best|last)-.*|best(-undone-\d+)?|profile|events\.out\.tfevents\..*"
+    r"|\.(best|last)-.*|best(-undone-\d+)?|profile|wandb|events\.out\.tfevents\..*"
 )
 """What lies in the folder of a run that was killed before its first save."""
 
@@ -102,10 +102,8 @@ def disk_need(config: RunConfig) -> str:
     """What a run needs on disk, in words."""
     best, state = _sizes(config)
     free = shutil.disk_usage(config.out).free
-    return (
-        f"up to {_gb(_most_at_once(config))}: {config.keep} states of {_gb(state)}, best/ of {_gb(best)}, and one more "
-        f"while it is written; {_gb(free)} free"
-    )
+    most = _gb(_most_at_once(config))
+    return f"up to {most} of {_gb(free)} free: {config.keep} + 1 states of {_gb(state)}, best/ {_gb(best)}"
 
 
 def check_room(config: RunConfig, *, best: bool, state: bool) -> None:

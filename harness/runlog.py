@@ -1,4 +1,5 @@
-"""The log of a run: run.json, metrics.jsonl, TensorBoard events if asked for, lines or a bar on the terminal."""
+"""The log of a run: run.json, metrics.jsonl, TensorBoard events or a tracker if asked for, lines or a bar on the
+terminal."""
 
 import contextlib
 import errno
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from harness.records import cut_log, is_finite, read_record, readable_records
 from harness.surroundings import surroundings
+from harness.trackers import Tracker
 from recipe.config import RunConfig, UserError, require, to_dict
 from recipe.durable import make_folder, sync, write_whole
 
@@ -97,6 +99,7 @@ class RunLog:
             self._write({"kind": "resume", "step": resume_at} | about)
         first_step = 0 if resume_at is None else resume_at + 1
         self._events = EventFile(self.folder, first_step) if config.tensorboard else None
+        self._tracker = Tracker(self.folder, config, resumed=resume_at is not None) if config.track else None
         progress = dict(unit="step", disable=None, dynamic_ncols=True, leave=True)
         self._bar = tqdm(total=config.steps, initial=self._last_step, **progress)
         self._show_lines = self._bar.disable or not sys.stdout.isatty()
@@ -123,6 +126,8 @@ class RunLog:
         self._stand_at(step)
         self._first, self._since_line = True, _Interval()  # a trainer made anew compiles again
         self._write({"kind": "rollback", "step": step} | _finite(values))
+        if self._tracker is not None:
+            self._tracker.log(step, {"rollback/diverged_at": values["diverged_at"]})
         if self._events is not None:
             self._events.close()
             self._events = EventFile(self.folder, step + 1)
@@ -149,9 +154,9 @@ class RunLog:
     def log_baselines(self, nats: dict[str, float], bytes_per_token: float) -> None:
         """Record and print losses to beat, in nats per token and bits per byte; the plot draws them as lines."""
         self._record("baselines", 0, **nats)
-        per_byte = {name: loss / math.log(2) / bytes_per_token for name, loss in nats.items()}
-        texts = [f"{name} {loss:.3f} nats/token = {per_byte[name]:.3f} bits/byte" for name, loss in nats.items()]
-        self._print("to beat    " + ", ".join(texts))
+        per_byte = [f"{loss / math.log(2) / bytes_per_token:.3f}" for loss in nats.values()]
+        texts = [f"{name} {loss:.3f}" for name, loss in nats.items()]
+        self._print(f"to beat    {', '.join(texts)} nats/token ({', '.join(per_byte)} bits/byte)")
 
     def log_step(
         self, *, step: int, loss: float, grad_norm: float, lr: float, skipped: int, seconds: float, tokens: int
@@ -203,6 +208,8 @@ class RunLog:
         self._metrics.close()
         if self._events is not None:
             self._events.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -216,8 +223,11 @@ class RunLog:
         """One flushed line of JSON, in which a value that is not finite is null, and the same values as events."""
         finite = _finite(values)
         self._write({"kind": kind, "step": step} | finite)
+        scalars = {f"{kind}/{name}": x for name, x in finite.items() if x is not None}
         if self._events is not None:
-            self._events.add_scalars(step, {f"{kind}/{name}": x for name, x in finite.items() if x is not None})
+            self._events.add_scalars(step, scalars)
+        if self._tracker is not None:
+            self._tracker.log(step, scalars)
 
     def _write(self, record: dict[str, Any]) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ SLOTS = ("mu", "exp_avg", "exp_avg_sq")
 YOUNGER = (
     *("max_skipped", "deterministic", "keep"),
     *("divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
-    *("mesh", "gather", "scan_layers", "hosts"),
+    *("mesh", "gather", "scan_layers", "hosts", "track"),
     *("chat", "document_mask"),
 )
 """Fields of the configuration that states of this format may lack, because they are older; they mean their default."""

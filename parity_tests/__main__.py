@@ -13,9 +13,8 @@ def main() -> int:
     from parity_tests import twins
 
     description = "Compare jax_impl, torch_ref and transformers tensor by tensor."
-    return twins.main(
-        cli.parse(twins.TwinOptions, sys.argv[1:], prog="python -m parity_tests", description=description)
-    )
+    prog = cli.called_as("python -m parity_tests")
+    return twins.main(cli.parse(twins.TwinOptions, sys.argv[1:], prog=prog, description=description))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ STREAMING, STREAMING_KILLED = "tests/test_streaming.py", "tests/test_streaming_k
 MIXTURE = "tests/test_mixture.py"
 HOSTS, PROCESSES = "tests/test_hosts.py", "tests/test_processes.py"
 MODELS = "parity_tests/test_model.py"
+CONFIG_FILE, HUB = "tests/test_config_file.py", "tests/test_hub.py"
+TELLING, TRACKERS = "tests/test_telling.py", "tests/test_trackers.py"
 
 
 def both(name: str, room: str, old: str, new: str, caught_by: str, torch: tuple[str, ...] | None = None) -> Mutant:
@@ -461,7 +463,7 @@ REPORTING = (
     slip(
         "reporting",
         "the epochs of one micro-batch",
-        "harness.loop",
+        "harness.telling",
         "config.steps * config.accumulation * config.batch_size, config.sequence_length)",
         "config.steps * config.batch_size, config.sequence_length)",
         LOG,
@@ -489,6 +491,82 @@ REPORTING = (
         "tokens += int(np.count_nonzero(batch_BT[1] != IGNORE))",
         "tokens += 1",
         EVALUATED,
+    ),
+)
+
+COMMANDS = (
+    slip(
+        "input",
+        "a file's fields come over the flags",
+        "harness.commands.train",
+        "config = command.run_config()",
+        "config = file.over(command.run_config()) if file else command.run_config()",
+        f"{CONFIG_FILE}::test_the_order_is_preset_file_flags",
+    ),
+    slip(
+        "input",
+        "a run.json's folder is taken over",
+        "harness.config_file",
+        'OF_ITS_RUN = ("out", "resume", "hosts")',
+        'OF_ITS_RUN = ("resume", "hosts")',
+        f"{CONFIG_FILE}::test_a_runs_file_gives_all_but_what_is_its_own",
+    ),
+    slip(
+        "input",
+        "a name that stands twice in YAML has its last value",
+        "harness.config_file",
+        "if name in names[:place]:",
+        "if False:",
+        f"{CONFIG_FILE}::test_what_is_wrong_with_a_file_is_one_line",
+    ),
+    slip(
+        "input",
+        "a run does not record the commit of the Hub's weights",
+        "recipe.hub",
+        """return f"{name.partition('@')[0]}@{folder.name}" if from_hub else name""",
+        "return name",
+        f"{HUB}::test_a_run_begins_with_weights_of_the_hub_and_records_their_commit",
+    ),
+    slip(
+        "input",
+        "a snapshot that lacks shards is taken for whole",
+        "recipe.hub",
+        "return folder if whole and not _lacks_shards(names) else None",
+        "return folder if whole else None",
+        f"{HUB}::test_without_the_hub_the_cache_serves_if_it_has_all",
+    ),
+    slip(
+        "stopping",
+        "a picture is begun after a second signal",
+        "harness.loop",
+        "self.peers.is_chief and not self.interruption.hurries and",
+        "self.peers.is_chief and",
+        f"{TELLING}::test_a_second_signal_draws_nothing",
+    ),
+    slip(
+        "stopping",
+        "the picture of an interruption passes for that of the end",
+        "harness.loop",
+        "(self.folder / PICTURE).unlink(missing_ok=True)",
+        "pass",
+        f"{TELLING}::test_an_interrupted_run_leaves_the_picture_so_far_and_its_end_another",
+    ),
+    slip(
+        "reporting",
+        "a tracker that fails ends the run",
+        "harness.trackers",
+        "        except BaseException as error:  # whatever it raises: this is a run's thread no longer\n"
+        '            self._give_up(" ".join(f"{type(error).__name__}: {error}".split()))',
+        "        finally:\n            pass",
+        f"{TRACKERS}::test_a_tracker_that_fails_ends_no_run_and_says_so_once",
+    ),
+    slip(
+        "reporting",
+        "a resumed run is another one of its tracker's",
+        "harness.trackers",
+        'resume="allow" if resumed else "never"',
+        'resume="never"',
+        f"{TRACKERS}::test_a_run_that_is_resumed_goes_on_with_its_trackers",
     ),
 )
 
@@ -2245,13 +2323,66 @@ DOORS = (
     ),
 )
 
+PYTHON = (
+    slip(
+        "reporting",
+        "a result's throughput counts every update alike",
+        "harness.result",
+        "sum(tok_s * dt_ms for tok_s, dt_ms in timed) / milliseconds if milliseconds",
+        "sum(tok_s for tok_s, _ in timed) / len(timed) if milliseconds",
+        "tests/test_api.py::test_a_result_is_read_from_the_log",
+    ),
+    slip(
+        "reporting",
+        "the loss of a text is that of its first tokens, not of the next",
+        "harness.api",
+        "np.array(tokens[1:])",
+        "np.array(tokens[:-1])",
+        "tests/test_api.py::test_logits_and_loss_are_of_the_prompts_tokens",
+    ),
+    slip(
+        "reporting",
+        "a folder's own sampling is forgotten where one setting is given",
+        "harness.api",
+        "dataclasses.replace(self.defaults, **settings)",
+        "SamplingOptions(stop_ids=self.defaults.stop_ids, **settings)",
+        "tests/test_api.py::test_a_model_samples_as_its_folder_says_unless_told",
+    ),
+    slip(
+        "reporting",
+        "logits of a padded prompt are those of the padding",
+        "recipe.sampling",
+        "self.forward(tokens_PT)[0, : len(tokens)]",
+        "self.forward(tokens_PT)[0, -len(tokens) :]",
+        "tests/test_api.py::test_logits_and_loss_are_of_the_prompts_tokens",
+    ),
+    slip(
+        "stopping",
+        "a program that trains is ended like a command",
+        "harness.interruption",
+        "if self._ends:",
+        "if True:",
+        "tests/test_api.py::test_only_a_command_ends_the_process_when_its_main_thread_hears_nothing",
+    ),
+    slip(
+        "reporting",
+        "fields of a section that are not named fall back to their defaults",
+        "recipe.presets",
+        "value = _changed(old, value,",
+        "value = _changed(type(old)(), value,",
+        "tests/test_presets.py::test_changes_reach_their_fields_and_leave_the_others",
+    ),
+)
+
 MUTANTS = (
     *BOTH,
+    *PYTHON,
     *SHARED,
     *DATA_SLIPS,
     *STREAMED,
     *CONVERSATIONS,
     *REPORTING,
+    *COMMANDS,
     *COST_SLIPS,
     *PRECISION,
     *DURABILITY,

@@ -311,6 +311,7 @@ LOOP = {
     "max_skipped": 3,
     "profile_steps": 2,
     "tensorboard": True,
+    "track": "wandb",
     "seed": 1,
     "preset": "seed",
 }
@@ -319,6 +320,9 @@ LOOP = {
 @pytest.mark.parametrize("field", ["nothing", *LOOP])
 def test_a_run_depends_on(field, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "plot_runs", lambda folders, picture, baselines: picture.touch())
+    monkeypatch.setattr(loop, "check_tracker", lambda name: None)
+    tracked = {"wandb": lambda folder, *_: (lambda *_: None, lambda: (folder / "tracked").touch())}
+    monkeypatch.setattr("harness.trackers.BEGIN", tracked)
     model = ModelConfig(vocab_size=384, hidden_size=6, intermediate_size=4, num_hidden_layers=1,
                         num_attention_heads=2, num_key_value_heads=1, head_dim=2)  # fmt: skip
     base = RunConfig(

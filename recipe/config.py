@@ -498,6 +498,9 @@ class RunConfig:
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, events.out.tfevents.* in the run folder; needs the extra
     `tensorboard`: pip install -e '.[tensorboard]'."""
+    track: Literal["", "trackio", "wandb"] = ""
+    """Tracker that is given the same metrics while the run goes on: trackio, whose database is on this machine, or
+    wandb; needs the package of that name (docs/commands.md). Empty is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)

@@ -87,7 +87,7 @@ def tokenizer_folder(name: str) -> Path:
     Here a name may lack its owner, as the oldest on the Hub do. `NotHad` if there is none to be had.
     """
     match = NAME.fullmatch(name)
-    if not match:
+    if not match or name.endswith(".json"):
         raise NotHad("it is no name of the Hub's")
     if match["owner"] and os.path.isdir(match["owner"]):
         raise NotHad(f"{match['owner']} is a folder here, so the Hub is not asked")
@@ -221,15 +221,11 @@ def _bars() -> Iterator[None]:
 
 def _ask(repository: str, revision: str | None, kind: str, **options: Any) -> Any:
     """What the Hub says of a repository; `NotHad` if it has none, `Unreachable` if it does not answer."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if constants.HF_HUB_OFFLINE:
+        raise Unreachable("the Hub is not asked, as HF_HUB_OFFLINE is set")
     asked = f"{repository}{f'@{revision}' if revision else ''}"
     if asked not in _said:
         _said.add(asked)
@@ -245,8 +241,6 @@ def _ask(repository: str, revision: str | None, kind: str, **options: Any) -> An
         raise NotHad(f"{repository} on the Hub has no revision {revision}") from None
     except HFValidationError as error:
         raise NotHad(f"no name of the Hub's: {_reason(error)}") from None
-    except OfflineModeIsEnabled:
-        raise Unreachable("the Hub is not asked, as HF_HUB_OFFLINE is set") from None
     except Exception as error:  # whatever the network and the libraries between raise
         raise Unreachable(f"the Hub cannot be reached ({_reason(error)})") from None
 

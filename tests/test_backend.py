@@ -10,7 +10,7 @@ import pytest
 
 import jax_impl.attention
 import jax_impl.attention_kernel
-from harness.loop import describe
+from harness.telling import describe
 from jax_impl import backend
 from jax_impl.train import Trainer
 from recipe.config import ModelConfig, PrecisionConfig, RunConfig

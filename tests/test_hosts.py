@@ -182,7 +182,7 @@ def test_several_keep_one_folder_one_log_and_say_each_line_once(config, tmp_path
     out = capsys.readouterr().out
 
     def said(text: str) -> list[str]:
-        return [line.partition("| tok/s")[0] for line in text.splitlines() if not line.startswith("disk")]
+        return [line.partition("| tok/s")[0] for line in text.splitlines() if not line.startswith(("disk", "time"))]
 
     assert said(out) == said(alone)
     assert_same_runs(config.out, str(tmp_path / "other"))

@@ -55,7 +55,7 @@ def test_lines_without_a_terminal_and_none_of_a_bar(tmp_path, capsys):
     lines = out.splitlines()
     assert err == ""
     # 9 / ln 2 / 3 bytes per token = 4.328 bits per byte
-    beat = "to beat    uniform 9.000 nats/token = 4.328 bits/byte, bigram 5.000 nats/token = 2.404 bits/byte"
+    beat = "to beat    uniform 9.000, bigram 5.000 nats/token (4.328, 2.404 bits/byte)"
     assert lines[:3] == ["first line", "second line", beat]
     steps = [line.split(" ")[1] for line in lines[3:] if "grad_norm" in line]
     assert steps == ["01/30", "05/30", "10/30", "15/30", "20/30", "25/30", "30/30"]

@@ -116,7 +116,7 @@ class Moment:
         self.place, self.left, self.numbers = place, nth, numbers
         self.after, self.sent = [], threading.Event()
         trainer = type("Here", (Watched,), {"reach": staticmethod(self.reach)})
-        code = cli.run(lambda: loop.run(config, framework="toy", make_trainer=trainer))
+        code = cli.run(lambda: loop.run(config, framework="toy", make_trainer=trainer) and None)
         for writer in writers():
             writer.join()  # A process would have ended by now, and its writer with it.
         return code

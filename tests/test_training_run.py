@@ -83,7 +83,16 @@ def test_a_run_leaves_its_folder(folder, runs, framework):
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_run_says_what_it_does(runs, framework):
     said = runs[framework].stdout
-    for part in ("parameters ", "under Muon", "device ", "precision ", "folder ", "to beat", "val loss", "bits/byte"):
+    for part in (
+        "parameters ",
+        "under Muon",
+        "device ",
+        "run        preset ",
+        "folder ",
+        "to beat",
+        "val loss",
+        "bits/byte",
+    ):
         assert part in said, part
     assert "\r" not in said + runs[framework].stderr, "no bar without a terminal"
 

@@ -17,14 +17,15 @@ from torch_ref import train as training
 __all__ = ["LanguageModel", "RunConfig", "RunFailed", "RunResult", "UserError", "load", "make_config", "train"]
 
 
-def make_config(preset: str = "", **changes: Any) -> RunConfig:
+def make_config(preset: str = "", *, file: str | Path = "", **changes: Any) -> RunConfig:
     """A run's configuration: a preset's (tiny if none is named) with these fields changed.
 
     Names are those of `RunConfig`, that is of the flags; of a section give the fields to change, as in
-    `model={"dropout": 0.1}`. `resume="runs/mine"` begins with that run's configuration instead, `init=FOLDER` with the
-    model of those weights. Raises `UserError`, with the nearest name for an unknown one.
+    `model={"dropout": 0.1}`. `file` is a run.json, or fields in TOML, YAML or JSON as the flag --config has them, over
+    the preset and under the other arguments. `resume="runs/mine"` begins with that run's configuration instead,
+    `init=FOLDER` with the model of those weights. Raises `UserError`, with the nearest name for an unknown one.
     """
-    return configuration("torch", preset, changes)
+    return configuration("torch", preset, str(file), changes)
 
 
 def train(config: RunConfig) -> RunResult:

@@ -147,7 +147,7 @@ def main() -> None:
     command = cli.parse_command(
         {"inspect": InspectCommand, "export": ExportCommand},
         sys.argv[1:],
-        prog="python -m harness.commands.checkpoint",
+        prog=cli.called_as("python -m harness.commands.checkpoint"),
         description="Look into a folder of weights, or write it again.",
     )
     if isinstance(command, ExportCommand):

@@ -65,7 +65,7 @@ def main() -> None:
     command = cli.parse_command(
         {"build": BuildCommand, "check": CheckCommand},
         sys.argv[1:],
-        prog="python -m harness.commands.data",
+        prog=cli.called_as("python -m harness.commands.data"),
         description="Tokenise a corpus, or look whether what was tokenised is still what it was.",
     )
     if isinstance(command, BuildCommand):

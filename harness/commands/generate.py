@@ -3,6 +3,7 @@
 A folder's generation_config.json gives the defaults of the flags.
 """
 
+import functools
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def run_command(module: str, make_generator: Callable[..., Generator]) -> int:
             GenerateCommand,
             argv,
             default=default,
-            prog=f"python -m {module}",
+            prog=cli.called_as(f"python -m {module}"),
             description=f"Generate text from a checkpoint.{source}",
         )
         return generate_text(command, make_generator)
@@ -95,8 +96,8 @@ def generate_text(command: GenerateCommand, make_generator: Callable[..., Genera
             "--web takes its prompts from the page, one text each; leave out --prompt and --samples.",
         )
         render = model.template.render if command.chat else None
-        page = dict(render=render, title=command.checkpoint, port=command.port)
-        web.serve(model.generator, model.tokenizer, options, **page)
+        serve = functools.partial(web.serve, model.generator, model.tokenizer, options)
+        serve(render=render, title=command.checkpoint, port=command.port)
         return 0
     messages: list[dict[str, str]] = []
 

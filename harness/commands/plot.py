@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from harness.cli import end, parse
+from harness.cli import called_as, end, parse
 from harness.plot import plot_runs
 from recipe.config import require
 
@@ -23,7 +23,7 @@ class PlotConfig:
 
 def main() -> None:
     """`python -m harness.commands.plot RUN [RUN ...] --out PNG`."""
-    prog = "python -m harness.commands.plot"
+    prog = called_as("python -m harness.commands.plot")
     config = parse(PlotConfig, sys.argv[1:], prog=prog, description="Overlay runs in one picture.")
     require(len(config.runs) > 0, "no run folder is given; name at least one, e.g. runs/tiny-jax.")
     plot_runs(list(config.runs), config.out)

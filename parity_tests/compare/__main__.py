@@ -21,11 +21,17 @@ submodule's output, cotangents, gradients. FUNCTION takes no arguments and retur
 (jax_side, torch_module, inputs, rules), or a dict of the arguments of parity_tests.compare.compare_modules.
 """
 
+INSTALLED = "compare-models"
+"""The command that an installation has for this."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
+    installed = Path(sys.argv[0]).name.removesuffix(".exe") == INSTALLED
     parser = argparse.ArgumentParser(
-        "python -m parity_tests.compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        INSTALLED if installed else "python -m parity_tests.compare",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("pair", metavar="MODULE:FUNCTION", help="e.g. my_port:pair or path/to/my_port.py:pair")
     parser.add_argument(
