@@ -280,7 +280,7 @@ def _started_by(program: str, arguments: list[str]) -> Iterator[str]:
 
 
 def _check_module(name: str, arguments: list[str], names: bool) -> Iterator[str]:
-    if name == "venv":
+    if name in ("venv", "build", "twine"):  # Python's own, and what the extra dev brings
         return
     if name == "pip":
         yield from _check_pip(arguments)

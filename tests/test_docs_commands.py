@@ -22,7 +22,9 @@ from tests.documented import ROOT, collect, documents, problems
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
 TALK = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
-MODELS = ("Qwen3-0.6B", "path/to/Qwen3-0.6B", "path/to/a-chat-model")
+MODELS = ("Qwen3-0.6B", "path/to/Qwen3-0.6B", "path/to/a-chat-model", "path/to/SmolLM2-135M-Instruct")
+TURNS = [{"role": "user", "content": "To be?"}, {"role": "assistant", "content": "Or not to be."}]
+FILES = {"mine.toml": 'preset = "tiny"\n', "talks.jsonl": 40 * (json.dumps({"messages": TURNS}) + "\n")}
 RUNS = ("runs/mine", "runs/theirs")
 
 
@@ -40,6 +42,8 @@ def furnished(tmp_path_factory) -> Path:
     for name in MODELS:
         save_folder(folder / name, model, weights, tokenizer)
         (folder / name / "chat_template.jinja").write_text(TALK, encoding="utf-8")
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
     for name in RUNS:
         config = RunConfig(**vars(get_preset("tiny")) | {"out": str(folder / name), "model": model})
         save_folder(folder / name / "best", model, weights, tokenizer, about={})

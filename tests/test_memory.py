@@ -68,3 +68,9 @@ def test_a_committed_table_is_what_its_record_says(file):
     assert memory.markdown(record["records"], record["how"]) == file.with_suffix(".md").read_text(encoding="utf-8")
     for found in record["records"]:
         assert found["total"] >= found["arguments"] + found["temporaries"]
+
+
+def test_the_guide_shows_the_committed_table():
+    shown = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    committed = (ROOT / "benchmarks" / "results" / "memory-h100.md").read_text(encoding="utf-8")
+    assert all(line in shown for line in committed.splitlines() if line.startswith("| "))
