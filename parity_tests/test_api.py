@@ -20,6 +20,14 @@ from parity_tests.sides import TorchModel, x64
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"jax": jax_impl.api, "torch": torch_ref.api}
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FEW = {
+    "steps": 4,
+    "sequence_length": 64,
+    "model": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
+    "data": {"max_documents": 3, "bpe_vocab_size": 512},
+}
+"""What stands for the steps of the front page."""
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 PACKAGES = {"jax": "jax_impl", "torch": "torch_ref"}
 
@@ -99,6 +107,15 @@ def test_the_page_runs_as_it_stands(away, capsys):
     assert other.generate("The history of", max_new_tokens=20, temperature=0.0) == page["greedy"]
 
 
+def test_the_front_page_runs(away, capsys):
+    (block,) = [block for block in blocks(README) if "jax_impl.api" in block]
+    assert block.count("steps=100") == 1
+    names = run_all([f"FEW = {FEW}\n" + block.replace("steps=100", "**FEW")], "jax")
+    assert names["logits"].shape[1] == names["model"].config.vocab_size and len(names["run"].losses) == 4
+    assert str(names["run"].best) in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_notebook_runs_in_the_other_framework_too(away):
     sources = ["".join(cell["source"]) for cell in notebook_cells() if cell["cell_type"] == "code"]
     names = run_all(sources, "torch")
