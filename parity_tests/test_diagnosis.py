@@ -167,7 +167,7 @@ def test_torchs_taps_hold_what_those_of_the_parity_tests_hold(monkeypatch):
     side = TorchModel(MODEL, FLOAT32, random_weights(MODEL))
     inputs_BT, targets_BT = (tokens_ABT[0] for tokens_ABT in batch(RUN))
     shown = torch_ref.diagnosis._tapped_pass(
-        side.module, *(torch.tensor(tokens).long() for tokens in (inputs_BT, targets_BT)), None
+        side.module, [torch.tensor(tokens).long() for tokens in (inputs_BT, targets_BT)], None
     )
     expected = taps.torch_model_taps(side, inputs_BT, targets_BT)
     for found, arrays in ((shown.forward, expected.forward), (shown.backward, expected.backward)):

@@ -5,6 +5,9 @@ The third opinion is `one_update.py`; a fourth is each document alone, and a fif
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -19,7 +22,7 @@ import jax_impl.train
 import torch_ref.attention
 import torch_ref.train
 from jax_impl import backend, loss_kernel
-from parity_tests import one_update
+from parity_tests import one_update, updates_on_meshes
 from parity_tests.cases import FLOAT32, FLOAT64, random_tokens, random_weights
 from parity_tests.compare.montecarlo import allowances, amplification
 from parity_tests.compare.tolerance import check, check_all
@@ -301,3 +304,62 @@ def test_weights_are_one_by_the_share_that_is_trained_on(counts):
         np.testing.assert_array_equal(a, b.numpy())
     np.testing.assert_array_equal(ours[0], np.where(targets == IGNORE, 0, 5))
     np.testing.assert_array_equal(ours[1], np.where(targets == IGNORE, 0, np.float32(M) / np.float32(max(1, trained))))
+
+
+ON_A_MESH = """
+import sys
+import jax
+import numpy as np
+from jax_impl import sharding, train
+from jax_impl.weights import to_hf
+from parity_tests.cases import random_weights
+from parity_tests.test_packing import mesh_run, mesh_batch
+from recipe.mesh import parse_mesh
+
+jax.config.update("jax_enable_x64", True)
+run = mesh_run(sys.argv[2])
+mesh = sharding.make_mesh(parse_mesh(run.mesh))
+state, step = train.init_state(run, random_weights(run.model), mesh), train.make_train_step(run, mesh)
+batch = mesh_batch(run)
+state, metrics = step(state, *sharding.placed(mesh, *batch))
+evaluate = train.make_evaluate(run, mesh)
+sums = evaluate(state.params, *sharding.placed(mesh, *(x[0] for x in batch)))
+values = {name: np.array(value) for name, value in metrics.items()} | to_hf(state.params)
+np.savez(sys.argv[1], **values, total=np.array(sums[0]), correct=np.array(sums[1]))
+"""
+
+
+def mesh_run(case: str) -> RunConfig:
+    return dataclasses.replace(updates_on_meshes.config_of(case), scan_layers=case == "all")
+
+
+def mesh_batch(run: RunConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of three documents each; one row in four has a hundred times the trained tokens of the others."""
+    shape = run.accumulation, run.batch_size, run.sequence_length
+    inputs, targets = (random_tokens(run.model, *shape, seed=which) for which in (0, 1))
+    draw = np.random.default_rng(5)
+    share = np.where(np.arange(run.batch_size) % 4 == 0, 0.9, 0.01)[:, None]
+    targets = np.where(draw.random(shape) < share, targets, IGNORE).astype(np.int32)
+    edges = np.sort(draw.integers(1, shape[-1], (*shape[:-1], 1, 2)), axis=-1)
+    return inputs, targets, (np.arange(shape[-1])[:, None] >= edges).sum(-1).astype(np.int32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["all", "by-layer", "other"])
+def test_devices_of_a_mesh_count_the_trained_tokens_of_all(case, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", ON_A_MESH, str(tmp_path / "found.npz"), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(tmp_path / "found.npz", allow_pickle=False))
+    run = dataclasses.replace(mesh_run(case), mesh="")
+    batch = mesh_batch(run)
+
+    def compute() -> Arrays:
+        training = TorchTraining(run, random_weights(run.model))
+        metrics = {name: np.array(value) for name, value in training.step(*batch).items()}
+        total, correct = TorchModel(run.model, FLOAT64, training.weights()).evaluate(*(x[0] for x in batch))
+        return metrics | training.weights() | {"total": np.array(total), "correct": np.array(correct)}
+
+    truths, kappas = amplification(compute)
+    check_all(found, truths, allowances({name: max(1.0, k) for name, k in kappas.items()}, "float64").get)
