@@ -410,7 +410,7 @@ class _Run:
             due = not self.several and time.perf_counter() - since > SECONDS_BETWEEN_RECORDS
             if not (evaluating or overdue or stopping or due or step == first or step % config.log_every == 0):
                 continue
-            reason = self._record(pending, time.perf_counter() - since)
+            reason = self._record(pending, since)
             pending, self.position = [], step
             interruption.where = f"after step {step}"
             if reason is not None:
@@ -428,14 +428,15 @@ class _Run:
             since = time.perf_counter()
         return None
 
-    def _record(self, pending: Sequence[tuple[int, Mapping]], seconds: float) -> str | None:
-        """Log these updates, which took so long in all; why the run is to stop, if it is."""
+    def _record(self, pending: Sequence[tuple[int, Mapping]], since: float) -> str | None:
+        """Log these updates, begun at `since` by the clock; why the run is to stop, if it is."""
         reason = None
-        # All are read before the first is written: that waits for the device.
+        # All are read before the first is written, and before the clock: that waits for the device.
         records: list[tuple[int, dict[str, Any]]]
         records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+        seconds = (time.perf_counter() - since) / len(pending)
         for step, metrics in records:
-            self.log.log_step(step=step, seconds=seconds / len(pending), tokens=self.config.tokens_per_step, **metrics)
+            self.log.log_step(step=step, seconds=seconds, tokens=self.config.tokens_per_step, **metrics)
             if reason is None:  # What was computed after that moves no rollback.
                 self.watch.see(step, metrics["loss"], int(metrics["skipped"]))
                 reason = self.watch.verdict()

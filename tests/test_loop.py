@@ -157,6 +157,32 @@ def assert_same_runs(a: str, b: str) -> None:
         np.testing.assert_array_equal(weight, best_b[name], err_msg=name)
 
 
+class Unfinished(float):
+    """A number that a device is still computing: reading it moves the clock."""
+
+    clock: list[float]
+
+    def __float__(self):
+        self.clock[0] += 40.0
+        return float.__add__(self, 0.0)
+
+
+def test_an_update_takes_until_its_result_can_be_read(config, monkeypatch):
+    """A framework hands out what is not computed yet; what only asking for it costs is no time of an update."""
+    clock = [0.0]
+    monkeypatch.setattr(Unfinished, "clock", clock, raising=False)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+    class Device(Toy):
+        def step(self, *batch):
+            metrics = super().step(*batch)
+            return metrics | {"loss": Unfinished(metrics["loss"])}
+
+    loop.run(config, framework="toy", make_trainer=Device)
+    trained = [record for record in read_metrics(config.out) if record["kind"] == "train"]
+    assert [record["dt_ms"] for record in trained] == [40_000.0] * STEPS
+
+
 @pytest.mark.parametrize("position", [3, 5, 8, 11])
 def test_a_killed_run_resumed_equals_an_uninterrupted_one(position, config, tmp_path):
     whole = train(elsewhere(config, tmp_path))
