@@ -1,6 +1,6 @@
 """Rows of several documents: neither half lets one see another, and both take the mean of the tokens trained on.
 
-The third opinion is `one_update.py`; a fourth is each document alone, and a fifth transformers' Qwen3 with a mask.
+The third opinion is `one_update.py`; a fourth is each document alone.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from recipe.packing import IGNORE, best_fit_decreasing, documents_by_end
 from recipe.tokenizer import load_tokenizer
 from tests.chat_folders import CHATML, MARKING, TEMPLATES, THINKING, chat_folder, chat_tokenizer, turns, write_talks
 
+ROOT = Path(__file__).resolve().parents[1]
 ASKS = [
     turns("Who goes there?", "A friend."),
     turns("Who?", "  Two words,\nSchöne Grüße 日本 ", "And more?", "of them: <b>", system="Be kind."),
@@ -376,3 +378,23 @@ def test_a_run_that_was_killed_goes_on_with_its_conversations(corpus, tmp_path, 
     assert resumed.data.chat
     loop.run(resumed, framework="torch", make_trainer=torch_ref.train.Trainer)
     assert losses_of("run")[-1] == losses[-1]
+
+
+def test_docstrings_become_conversations(tmp_path, monkeypatch):
+    """The script of docs/chat.md on a library of two modules, one of them broken; what it writes is trained on."""
+    library, file = tmp_path / "library", tmp_path / "talks.jsonl"
+    (library / "tests").mkdir(parents=True)
+    says = "Say so many words of a kind that can be heard."
+    functions = [f'def f{n}():\n    """{says}\n\n    More."""\n' for n in range(4)]
+    (library / "sounds.py").write_text("".join(functions) + "def _hidden():\n    pass\n", encoding="utf-8")
+    (library / "broken.py").write_text("def", encoding="utf-8")
+    (library / "tests" / "left_out.py").write_text(functions[0], encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / "examples" / "docstrings_to_chat.py"))
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+    script["main"](file)
+    talks = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [talk[1]["content"] for talk in talks] == [f"What does sounds.f{n} do in Python?" for n in range(4)]
+    assert [len(talk) for talk in talks] == [3, 3, 5, 3] and talks[2][3]["content"] == "And sounds.f1?"
+    assert all(turn["content"] == says for talk in talks for turn in talk if turn["role"] == "assistant")
+    texts, _ = masked(CHATML, talks)
+    assert len(texts) == 4 and says in texts[0]
