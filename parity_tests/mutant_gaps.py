@@ -438,6 +438,18 @@ DATA_SLIPS = (
 REPORTING = (
     slip(
         "reporting",
+        "the clock is read before the device has computed",
+        "harness.loop",
+        """        records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+        seconds = (time.perf_counter() - since) / len(pending)
+""",
+        """        seconds = (time.perf_counter() - since) / len(pending)
+        records = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in pending]
+""",
+        "tests/test_loop.py::test_an_update_takes_until_its_result_can_be_read",
+    ),
+    slip(
+        "reporting",
         "bits per byte without the logarithm of two",
         "harness.loop",
         "loss / math.log(2) / dataset.bytes_per_token",
@@ -1108,6 +1120,14 @@ SURVIVAL = (
 )
 
 STOPPING = (
+    slip(
+        "signals",
+        "a signal is raised where Python swallows it",
+        "harness.interruption",
+        "None if _is_swallowed(frame) else self._entered[-1]._due()",
+        "self._entered[-1]._due()",
+        "tests/test_interruption.py::test_what_python_would_swallow_is_raised_after_it",
+    ),
     slip(
         "divergence",
         "the median is over diverging losses, too",
