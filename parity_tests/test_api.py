@@ -115,7 +115,6 @@ def test_the_front_page_runs(away, capsys):
     assert str(names["run"].best) in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_in_the_other_framework_too(away):
     sources = ["".join(cell["source"]) for cell in notebook_cells() if cell["cell_type"] == "code"]
     names = run_all(sources, "torch")
