@@ -152,7 +152,7 @@ def test_a_run_in_a_thread_and_one_that_is_stopped(away, monkeypatch):
 
     import torch_ref.train
 
-    (away / "notes.txt").write_text("a quick brown fox jumps over the lazy dog\n" * 200)
+    (away / "notes.txt").write_text("a quick brown fox jumps over the lazy dog\n" * 200, encoding="utf-8")
     found = []
     config = torch_ref.api.make_config(**SMALL, out="thread")
     thread = threading.Thread(target=lambda: found.append(torch_ref.api.train(config)))

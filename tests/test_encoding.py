@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("recipe", "harness", "jax_impl", "torch_ref", "parity_tests", "benchmarks")
+NO_TEXT = ("os.open", "Image.open")
 OPENING, WHOLE = ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile"), ("read_text", "write_text")
 
 
@@ -20,7 +21,7 @@ def without_encoding(source: str) -> list[int]:
         texts = [part.value for part in given if isinstance(part, ast.Constant) and isinstance(part.value, str)]
         binary = any(re.fullmatch("[rwxa+]*b[rwxa+]*", text) for text in texts)
         says = any(keyword.arg == "encoding" for keyword in node.keywords)
-        takes_text = name in WHOLE or (name in OPENING and not binary and ast.unparse(node.func) != "os.open")
+        takes_text = name in WHOLE or (name in OPENING and not binary and ast.unparse(node.func) not in NO_TEXT)
         if takes_text and not says:
             lines.append(node.lineno)
     return lines

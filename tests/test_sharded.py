@@ -126,7 +126,7 @@ def test_inspect_looks_at_every_byte_of_a_meshs_states_too(config, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["checkpoint", "inspect", config.out])
     checkpoint.main()
     said = capsys.readouterr().out
-    assert said.count("sound      5 files") == 1 and said.count("sound      4 files") == 2
+    assert said.count("sound      6 files") == 1 and said.count("sound      4 files") == 2
     size = sum(path.stat().st_size for path in (states[0] / ARRAYS).iterdir())
     assert f"arrays     of mesh {config.mesh}, {size:,} bytes, 2 file(s)" in said
     assert "state      step 12 of 12: 11 updates, 1 skipped" in said and "step 9 of 12" in said

@@ -60,7 +60,7 @@ class Watched(Toy):
 PLACES = {
     "reading": (recipe.data, "load_documents"),
     "tokenising": (recipe.data, "encode_texts"),
-    "building the cache": (recipe.data, "_publish"),
+    "building the cache": (recipe.data, "publish"),
     "measuring what is to be beaten": (loop, "ngram_baselines"),
     "opening the log": (loop, "RunLog"),
     "looking for a state": (loop, "newest_sound"),
