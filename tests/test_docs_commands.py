@@ -66,6 +66,12 @@ def taken_places(words: list[str]) -> list[Path]:
     return [place for place in places if place.is_dir()]
 
 
+def results(words: list[str]) -> list[Path]:
+    """The files of results that a command would write and that are here."""
+    outs = [Path(word) for flag, word in zip(words, [*words[1:], ""], strict=True) if flag == "--out"]
+    return [file for out in outs for file in out.parent.glob(f"{out.name}.*") if file.is_file()]
+
+
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_is_one_that_its_program_reads(path, reader):
     commands, wrong = collect(path)
@@ -166,7 +172,8 @@ SMALL_MODEL = [word for name, value in SMALL.items() for word in (f"--model.{nam
 UPDATES = "--steps 2 --accumulation 1 --batch_size 2 --sequence_length 16 --eval_every 2 --save_every 1 --log_every 1"
 UPDATES = [*UPDATES.split(), "--sample_tokens", "2"]
 TEXT = "--data.max_characters 3000 --data.max_tokens 3000 --data.validation_tokens 64 --data.bpe_vocab_size 384".split()
-ONE_ROUND = f"--rounds 1 --warmup 1 --threads 1 --overrides '{OVERRIDES}'"
+ONCE = "--rounds 1 --warmup 1 --threads 1"
+ONE_ROUND = f"{ONCE} --overrides '{OVERRIDES}'"
 FLAGS = {
     "benchmarks.throughput": "--preset tiny --batch_size 1 --sequence_length 16 --accumulation 1 --round_seconds 0 "
     f"{ONE_ROUND}",
@@ -237,6 +244,8 @@ def made_small(command: documented.Command, words: list[str]) -> list[str]:
     """The words for Python, with flags that make a run of them short."""
     more = [word for text in command.marked("small") for word in text.split()]
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
+    if "--jax-step" in words:
+        return [*words[1:], *ONCE.split(), "--round_seconds", "0", *more]
     if module in FLAGS:
         return words[1:] + documented.split(f"x {FLAGS[module]}")[0].words[1:] + more
     entry = {"jax_impl.train": "train_jax", "torch_ref.train": "train_torch"}.get(module, module)
@@ -295,6 +304,7 @@ def trained(furnished, tmp_path_factory) -> Path:
     (folder / "texts" / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "prompts.txt").write_text("ROMEO:\n", encoding="utf-8")
     shutil.copy(folder / MODELS[0] / "tokenizer.json", folder / "path" / "to")
+    shutil.copytree(ROOT / "docs" / "examples", folder / "docs" / "examples")
     (folder / "benchmarks" / "results").mkdir(parents=True)
     for name, result in zip("AB", ("cpu-tiny-bfloat16", "cpu-tiny-bfloat16-again"), strict=True):
         shutil.copy(ROOT / "benchmarks" / "results" / f"{result}.jsonl", folder / f"benchmarks/results/{name}.jsonl")
@@ -316,6 +326,8 @@ def test_every_command_runs(place, trained, tmp_path):
             with contextlib.chdir(folder):
                 for taken in taken_places(words):
                     shutil.rmtree(taken)
+                for result in results(words):
+                    result.unlink()
                 if "--resume" in words:
                     stop(Path(words[words.index("--resume") + 1]))
             variables = {name: value for name, value in one.variables.items() if name != "XLA_FLAGS"}
