@@ -19,19 +19,10 @@ from recipe.presets import get_preset
 from recipe.reading import flat, short
 
 FREE_ON_RESUME = (
-    *(
-        "log_every",
-        "eval_every",
-        "save_every",
-        "prompts",
-        "sample_tokens",
-        "tensorboard",
-        "track",
-        "keep",
-        "data.cache_dir",
-    ),
+    *("log_every", "eval_every", "save_every", "prompts", "sample_tokens", "tensorboard", "track", "keep"),
+    *("data.cache_dir", "mesh", "gather", "scan_layers"),
     *("max_skipped", "divergence_factor", "max_diverging", "on_divergence", "max_rollbacks", "rollback_factor"),
-    *("mesh", "gather", "scan_layers", "hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
+    *("hosts.coordinator", "hosts.count", "hosts.index", "hosts.heartbeat"),
 )
 """Fields that a resumed run may change: none of them moves a weight, but for those of a run that diverges."""
 
