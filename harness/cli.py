@@ -40,6 +40,8 @@ LONGEST_LINE = 1500
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader left
 FRAME = dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")
+ASCII_RULE = re.compile(r"-{5,}")
+"""What the frame is drawn with where stdout takes ASCII alone."""
 SCRIPTS = {"train_jax.py": "jax_impl.train", "train_torch.py": "torch_ref.train"}
 """Scripts of a clone -> the modules that do the same."""
 COMMANDS = {
@@ -105,7 +107,8 @@ def _ask_tyro(ask: Callable[..., T], what: Any, argv: Sequence[str], **options: 
         raise SystemExit(BROKEN_PIPE) from None
     except SystemExit as stop:
         if stop.code:
-            raise _Refused(_reason(stop), " ".join(box.getvalue().translate(FRAME).split())) from None
+            text = ASCII_RULE.sub(" ", box.getvalue().translate(FRAME))
+            raise _Refused(_reason(stop), " ".join(text.split())) from None
         try:
             sys.stdout.flush()
         except BrokenPipeError:

@@ -598,3 +598,18 @@ def test_a_script_that_is_not_here_is_named_by_its_path_or_its_module(tmp_path, 
     monkeypatch.setattr(sys, "argv", ["/site-packages/jax_impl/train.py"])
     assert called_as("python train_jax.py") == "python -m jax_impl.train"
     assert called_as("python -m jax_impl.generate") == "python -m jax_impl.generate"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", "many"], "--steps many is not a whole number (int); choose one, e.g. --steps 320."),
+        (["stray"], "'stray' belongs to no flag; every argument is a flag and its value, see --help."),
+    ],
+)
+def test_a_mistake_is_one_line_where_stdout_takes_ascii_alone(arguments, line, monkeypatch):
+    """The frame around it is then drawn with other signs."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(ValueError) as refused:
+        parse_run_config(arguments, framework="jax")
+    assert str(refused.value) == line
