@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGES = {"harness", "jax_impl", "parity_tests", "recipe", "torch_ref"}
 NEEDED = {
-    *("qwen_commands.py", "recipe/py.typed", "harness/render.py", "parity_tests/compare/report.html.jinja"),
+    *("qwen_commands.py", "recipe/py.typed", "recipe/render.py", "parity_tests/compare/report.html.jinja"),
     *("jax_impl/api.py", "torch_ref/api.py", "parity_tests/twins.py", "parity_tests/one_update.py"),
 }
 LARGEST = 500_000
