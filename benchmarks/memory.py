@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.plan.__main__ import PlanConfig, prepare
+from benchmarks.plan.__main__ import SHOWN, PlanConfig, prepare
 from benchmarks.plan.targets import get_target
 from benchmarks.tables import table
 from harness.cli import end, parse
@@ -26,7 +26,6 @@ REMAT = "+remat"
 """How a preset ends whose blocks are computed again in the backward pass."""
 PREALLOCATED = 0.75
 """Share of a device's memory that JAX takes for its arrays unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
-SHOWN = ("jax", "jaxlib", "flax", "optax")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,10 +93,10 @@ def flat(step: int, metrics: dict, weights: dict, slots: dict) -> dict[str, np.n
     return {f"{step} {name}": np.asarray(value) for name, value in (metrics | weights | named).items()}
 
 
-def record(side: type, run: RunConfig) -> dict[str, np.ndarray]:
-    """Metrics, weights and slots after every update of one of the halves."""
+def record(side: type, run: RunConfig, made=batches) -> dict[str, np.ndarray]:
+    """Metrics, weights and slots after every update of one of the halves, on the batches that `made(run)` makes."""
     training, history = side(run, random_weights(run.model)), {}
-    for step, batch in enumerate(batches(run)):
+    for step, batch in enumerate(made(run)):
         metrics = training.step(*batch)
         slots = {(slot, name): a for slot, arrays in training.slots().items() for name, a in arrays.items()}
         history |= flat(step, metrics, training.weights(), slots)
@@ -104,17 +104,17 @@ def record(side: type, run: RunConfig) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def third(name: str) -> dict[str, np.ndarray]:
+def third(name: str, made=batches) -> dict[str, np.ndarray]:
     state, history = begin(RUNS[name]), {}
-    for step, batch in enumerate(batches(RUNS[name])):
+    for step, batch in enumerate(made(RUNS[name])):
         state, metrics = one_update.one_update(RUNS[name], state, *batch)
         history |= flat(step, metrics, state.weights, state.slots)
     return history
 
 
 @functools.cache
-def allowed(name: str) -> dict[str, float]:
-    kappas = amplification(lambda: record(TorchTraining, RUNS[name]))[1]
+def allowed(name: str, made=batches) -> dict[str, float]:
+    kappas = amplification(lambda: record(TorchTraining, RUNS[name], made))[1]
     # What no operation of torch's makes, the rate and the counts, is one product of two numbers at most.
     return allowances({key: max(1.0, kappa) for key, kappa in kappas.items()}, "float64")
 

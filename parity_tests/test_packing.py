@@ -29,7 +29,7 @@ from parity_tests.compare.tolerance import check, check_all
 from parity_tests.rope_noise import rounded_rope_tables
 from parity_tests.sides import Arrays, JaxModel, JaxTraining, TorchModel, TorchTraining
 from parity_tests.test_loss_kernel import KERNEL, operands
-from parity_tests.test_one_update import RUNS, begin, flat
+from parity_tests.test_one_update import RUNS, allowed, record, third
 from recipe.config import DataConfig, PrecisionConfig, RunConfig
 from recipe.packing import IGNORE
 
@@ -50,7 +50,7 @@ def short_blocks(monkeypatch):
         monkeypatch.setattr(library, "QUERY_BLOCK", 4)
 
 
-def batches(run: RunConfig) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def packed(run: RunConfig) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Two updates; in the second no token of the first micro-batch is trained on."""
     shape, made = (run.accumulation, run.batch_size, run.sequence_length), []
     for step in range(2):
@@ -61,36 +61,11 @@ def batches(run: RunConfig) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return made
 
 
-def record(side: type, run: RunConfig) -> Arrays:
-    """Metrics, weights and slots after every update of one of the halves."""
-    training, history = side(run, random_weights(run.model)), {}
-    for step, batch in enumerate(batches(run)):
-        metrics = training.step(*batch)
-        slots = {(slot, name): a for slot, arrays in training.slots().items() for name, a in arrays.items()}
-        history |= flat(step, metrics, training.weights(), slots)
-    return history
-
-
-@functools.cache
-def third(name: str) -> Arrays:
-    state, history = begin(RUNS[name]), {}
-    for step, batch in enumerate(batches(RUNS[name])):
-        state, metrics = one_update.one_update(RUNS[name], state, *batch)
-        history |= flat(step, metrics, state.weights, state.slots)
-    return history
-
-
-@functools.cache
-def allowed(name: str) -> dict[str, float]:
-    kappas = amplification(lambda: record(TorchTraining, RUNS[name]))[1]
-    return allowances({key: max(1.0, kappa) for key, kappa in kappas.items()}, "float64")
-
-
 @pytest.mark.parametrize("name", ["no-default", pytest.param("switches", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", TRAININGS)
 def test_whole_updates_equal_the_third_opinion(side, name):
     """Dropout, a window and biases in one run; micro-batches of one and of five trained tokens, and of none."""
-    check_all(record(TRAININGS[side], RUNS[name]), third(name), allowed(name).get)
+    check_all(record(TRAININGS[side], RUNS[name], packed), third(name, packed), allowed(name, packed).get)
 
 
 @pytest.mark.slow
@@ -102,7 +77,8 @@ def test_other_orders_of_work_are_the_same_update(how):
         "remat": dataclasses.replace(run, precision=dataclasses.replace(FLOAT64, remat=True)),
     }[how]
     for side in ("jax",) if how == "scan" else ("jax", "torch"):
-        check_all(record(TRAININGS[side], other), record(TorchTraining, run), allowed("no-default").get)
+        known = allowed("no-default", packed).get
+        check_all(record(TRAININGS[side], other, packed), record(TorchTraining, run, packed), known)
 
 
 def alone(side: JaxModel | TorchModel, tokens_BT: np.ndarray) -> np.ndarray:
@@ -153,7 +129,7 @@ def test_no_gradient_reaches_another_document(side):
 @pytest.mark.parametrize("side", SIDES)
 def test_an_evaluation_leaves_out_what_is_ignored(side):
     model = dataclasses.replace(RUNS["no-default"].model, dropout=0.0)
-    weights, (inputs, targets, documents) = random_weights(model), batches(RUNS["no-default"])[0]
+    weights, (inputs, targets, documents) = random_weights(model), packed(RUNS["no-default"])[0]
     ours = SIDES[side](model, FLOAT64, weights)
     loss, correct = ours.evaluate(inputs[1], targets[1], documents[1])
     theirs = one_update.loss(model, weights, inputs[1], targets[1], None, documents[1]).real
@@ -176,7 +152,7 @@ def test_a_trainer_divides_by_the_tokens_trained_on(trainer):
     model = dataclasses.replace(RUNS["no-default"].model, dropout=0.0)
     run = dataclasses.replace(RUNS["no-default"], model=model, precision=FLOAT32)
     run = dataclasses.replace(run, data=DataConfig(document_mask=True))
-    weights, batch = random_weights(model), batches(run)[0]
+    weights, batch = random_weights(model), packed(run)[0]
     ours = trainer(run, weights)
     loss, accuracy = ours.evaluate(zip(*batch, strict=True))
     diagnosis = ours.diagnose(*batch)
